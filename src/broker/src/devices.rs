@@ -150,10 +150,8 @@ impl Broker {
     ) -> Result<Option<RecordInfo>, Error> {
         self.or_record(draft, call.deadline.check()).await?;
         let commit = self.store.change_devices(change, call.id, now);
-        let Settled { intent, result } = self.commit_with_intent(draft, now, commit).await?;
-        if let Ok(replaced) = &result {
-            self.notify(draft, change, replaced.as_ref(), now);
-        }
+        let commit = self.commit_with_notices(draft, change, now, commit);
+        let Settled { intent, result } = Box::pin(commit).await?;
         self.close_intent(intent, draft, result.map_err(from_commit))
             .await
     }

@@ -9,7 +9,11 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use keybroker_audit::{OpenIntent, Outcome};
-use keybroker_core::{call::Timestamp, error::Error, metrics};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    error::Error,
+    metrics,
+};
 use keybroker_hsm::Serving;
 use keybroker_store as store;
 use keybroker_store::REQUEST_KEPT_US;
@@ -181,7 +185,12 @@ impl Broker {
         self.unresolved().push(intent);
     }
 
-    async fn resolve_intents(&self) {
+    /// Whether the intent of a call waits for its outcome.
+    pub(super) fn is_unresolved(&self, call: CallId) -> bool {
+        self.unresolved().iter().any(|open| open.call == call)
+    }
+
+    pub(super) async fn resolve_intents(&self) {
         let count = self.unresolved().len();
         for _ in 0..count {
             // The intent stays in the list until it is resolved, because this future may be dropped at any await.
@@ -227,6 +236,9 @@ impl Broker {
                 };
             }
         };
+        if let Some(notices) = &self.notices {
+            notices.settle(open.call, committed);
+        }
         let outcome = if committed {
             Outcome::Ok
         } else {

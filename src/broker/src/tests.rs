@@ -22,6 +22,7 @@ use keybroker_store::{ClientRow, RegistryRow};
 use super::*;
 
 mod approvals;
+mod notices;
 mod registry;
 mod tokens;
 

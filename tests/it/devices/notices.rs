@@ -221,27 +221,37 @@ async fn a_failed_delivery_is_repeated_and_a_refused_one_is_not() {
     assert!(!log.contains("/hook"), "the URL may hold a secret");
 }
 
+/// Makes 25 events of a member.
+async fn makes_25_events(broker: &Broker, service: &Identity, user: &str) {
+    let (member, _) = Member::with_first_device(broker, service, user).await;
+    for number in 2..14 {
+        let started = Instant::now();
+        let asked = member.asks(&App::new(number), AccessApprover::Device).await;
+        member.denies(&asked.unwrap()).await.unwrap();
+        assert!(started.elapsed() < PROMPT, "{:?}", started.elapsed());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receiver_that_hangs_delays_no_call_and_the_queue_is_bounded() {
     let (service, receiver) = (Identity::start(Options::default()), Receiver::start());
     receiver.always_answers(Answer::Hang(Duration::from_mins(1)));
-    let lines = "timeout_ms = 60000\nwaiting_max = 2";
+    // One member can take a tenth of the places.
+    let lines = "timeout_ms = 60000\nwaiting_max = 200";
     let broker = start(&service, &receiver.section(lines));
-    let (ada, _) = Member::with_first_device(&broker, &service, ADA).await;
-    // 25 events: 16 are being delivered, 2 wait.
-    for number in 2..14 {
-        let started = Instant::now();
-        let asked = ada.asks(&App::new(number), AccessApprover::Device).await;
-        ada.denies(&asked.unwrap()).await.unwrap();
-        assert!(started.elapsed() < PROMPT, "{:?}", started.elapsed());
-    }
-    reaches("the dropped notices", 7, || results(&broker, "dropped"));
-    let dropped = results(&broker, "dropped");
-    assert_eq!(results(&broker, "delivered"), 0);
-    reaches("all deliveries", 16, || {
-        u64::try_from(receiver.received().len()).unwrap()
-    });
-    assert_eq!(receiver.received().len(), 16);
+    makes_25_events(&broker, &service, ADA).await;
+    // Four notices of the member are being sent, 16 wait.
+    reaches("the dropped notices", 5, || results(&broker, "dropped"));
+    assert_eq!(receiver.receives(4).len(), 4);
+    // The notice of another member is sent at once.
+    Member::with_first_device(&broker, &service, BOB).await;
+    let received = receiver.receives(5);
+    assert_eq!(received.len(), 5);
+    assert_eq!(received[4].body["data"]["user"], BOB);
+    assert_eq!(
+        (results(&broker, "delivered"), results(&broker, "dropped")),
+        (0, 5)
+    );
     let log = broker.site.log();
     assert_eq!(
         log.matches("notices were dropped").count(),
@@ -261,8 +271,30 @@ async fn a_receiver_that_hangs_delays_no_call_and_the_queue_is_bounded() {
     let lost = log
         .lines()
         .find(|line| line.contains("before the broker stopped"));
-    let count = format!("\"count\":{}", 25 - dropped);
-    assert!(lost.unwrap().contains(&count), "{log}");
+    assert!(lost.unwrap().contains("\"count\":21"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn notices_that_fail_hold_up_no_notice_of_another_member() {
+    let (service, receiver) = (Identity::start(Options::default()), Receiver::start());
+    receiver.answers_about(ADA, Answer::Status(429));
+    let broker = start(&service, &receiver.section("retry_after_ms = 60000"));
+    makes_25_events(&broker, &service, ADA).await;
+    // Each notice was refused once, and waits for its next attempt.
+    reaches("the refusals", 25, || {
+        count(&broker, "keybroker_notice_retries_total")
+    });
+    assert_eq!(count(&broker, "keybroker_notices_waiting"), 25);
+    Member::with_first_device(&broker, &service, BOB).await;
+    let started = Instant::now();
+    reaches("the delivery", 1, || results(&broker, "delivered"));
+    assert!(started.elapsed() < PROMPT, "{:?}", started.elapsed());
+    let received = receiver.received();
+    assert_eq!(received.last().unwrap().body["data"]["user"], BOB);
+    assert_eq!(
+        (results(&broker, "failed"), results(&broker, "dropped")),
+        (0, 0)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! A receiver of notices: a real HTTPS server that keeps what it gets, and answers as a test says.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt::Write as _,
     net::SocketAddr,
     path::PathBuf,
@@ -44,8 +44,9 @@ pub(super) struct Received {
 #[derive(Debug, Default)]
 struct State {
     received: Vec<Received>,
-    /// The next answers. After them, each answer is [`State::usual`], or 204.
+    /// The next answers. After them, each answer is that of the member, [`State::usual`], or 204.
     answers: VecDeque<Answer>,
+    of_members: BTreeMap<String, Answer>,
     usual: Option<Answer>,
 }
 
@@ -124,6 +125,11 @@ impl Receiver {
         self.state().usual = Some(answer);
     }
 
+    /// Answers all notices about a member in this way.
+    pub(super) fn answers_about(&self, user: &str, answer: Answer) {
+        self.state().of_members.insert(user.to_owned(), answer);
+    }
+
     pub(super) fn received(&self) -> Vec<Received> {
         self.state().received.clone()
     }
@@ -146,8 +152,10 @@ async fn receive(state: Arc<Mutex<State>>, request: Request<Body>) -> StatusCode
     let received = verified(&headers, text);
     let answer = {
         let mut state = state.lock().unwrap();
+        let user = received.body["data"]["user"].as_str().unwrap();
+        let usual = state.of_members.get(user).copied().or(state.usual);
         state.received.push(received);
-        state.answers.pop_front().or(state.usual)
+        state.answers.pop_front().or(usual)
     };
     match answer.unwrap_or(Answer::Status(204)) {
         Answer::Status(status) => StatusCode::from_u16(status).unwrap(),

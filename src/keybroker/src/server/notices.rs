@@ -1,8 +1,10 @@
 //! Delivers the notices to members: signed messages to the receiver that the configuration names, in the background.
 //!
-//! Several notices are delivered at the same time, so that one slow answer does not hold up the others. Therefore the receiver may
-//! get notices in another order than they happened. A failed delivery is repeated a limited number of times, with growing pauses.
-//! A notice that waits is lost when the process ends: the database and the audit log have the facts.
+//! Several notices are sent at the same time, so that one slow answer does not hold up the others. Therefore the receiver may get
+//! notices in another order than they happened. A failed delivery is repeated a limited number of times, with growing pauses. During
+//! a pause, other notices are sent: the number of attempts at the same time is limited ([`turns`]), and the queue limits the number of
+//! notices whose delivery has not ended. A notice that waits is lost when the process ends: the database and the audit log have the
+//! facts.
 //!
 //! Mitigation: M29 of `THREAT_MODEL.md`.
 
@@ -10,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 
 use reqwest::{Client, StatusCode, Url};
 use tokio::{
-    sync::mpsc,
+    sync::{OwnedSemaphorePermit, mpsc},
     task::JoinSet,
     time::{self, Instant},
 };
@@ -24,11 +26,13 @@ use keybroker_broker::{Notice, NoticeQueue};
 use keybroker_core::{call::spread, error::root_cause, metrics};
 
 use message::{Message, Signer};
+use turns::{MemberTurns, Turns};
 
 mod message;
+#[cfg(test)]
+mod tests;
+mod turns;
 
-/// Notices that are delivered at the same time.
-const DELIVERIES_MAX: usize = 16;
 /// Longest pause between two attempts, without the random part.
 const PAUSE_MAX: Duration = Duration::from_mins(5);
 /// Factor between two pauses.
@@ -80,11 +84,15 @@ impl Notifier {
     }
 }
 
+/// A notice with its places in the queue. The places are free again when they are dropped.
+type Queued = (Notice, [OwnedSemaphorePermit; 2]);
+
 /// Delivers the notices from a queue.
 #[derive(Debug)]
 struct Deliveries {
-    queue: mpsc::Receiver<Notice>,
+    queue: mpsc::Receiver<Queued>,
     receiver: Arc<Receiver>,
+    turns: Turns,
     stop: CancellationToken,
 }
 
@@ -126,6 +134,7 @@ impl Deliveries {
         let deliveries = Self {
             queue,
             receiver: Arc::new(receiver),
+            turns: Turns::default(),
             stop,
         };
         Ok((sender, deliveries))
@@ -137,7 +146,6 @@ impl Deliveries {
         let mut last = None;
         loop {
             metrics::NOTICES_WAITING.set_count(self.queue.len() + running.len());
-            let has_room = running.len() < DELIVERIES_MAX;
             tokio::select! {
                 () = self.stop.cancelled(), if last.is_none() => {
                     self.queue.close();
@@ -150,10 +158,15 @@ impl Deliveries {
                         tracing::error!(%error, "a delivery of a notice ended unexpectedly");
                     }
                 }
-                notice = self.queue.recv(), if has_room => match notice {
-                    Some(notice) => {
+                queued = self.queue.recv() => match queued {
+                    Some((notice, places)) => {
                         let receiver = Arc::clone(&self.receiver);
-                        running.spawn(receiver.deliver(notice, self.stop.clone()));
+                        let turns = self.turns.of(&notice);
+                        let delivery = receiver.deliver(notice, turns, self.stop.clone());
+                        running.spawn(async move {
+                            delivery.await;
+                            drop(places);
+                        });
                     }
                     None if running.is_empty() => return,
                     None => self.wait_for_the_last(&mut running, last).await,
@@ -187,13 +200,17 @@ async fn until(time: Option<Instant>) {
 }
 
 impl Receiver {
-    /// Delivers one notice.
-    async fn deliver(self: Arc<Self>, notice: Notice, stop: CancellationToken) {
+    /// Delivers one notice. Each attempt waits for a turn.
+    async fn deliver(self: Arc<Self>, notice: Notice, turns: MemberTurns, stop: CancellationToken) {
         let message = Message::new(&notice);
         let (event, call_id) = (notice.event.as_str(), notice.call);
         let mut pause = self.first_pause;
         for attempt in 1..=self.attempts_max {
-            let problem = match self.send(&message).await {
+            let turn = turns.take().await;
+            // The memory of the request is needed only during the attempt, not during the pauses of all waiting notices.
+            let result = Box::pin(self.send(&message)).await;
+            drop(turn);
+            let problem = match result {
                 Attempt::Delivered => {
                     metrics::NOTICES.with(["delivered"]).increment(1);
                     tracing::info!(id = message.id(), event, %call_id, attempt, "notice delivered");

@@ -1,0 +1,262 @@
+//! Tests of the queue, and of the events of changes.
+
+use keybroker_core::call::{Call, Deadline};
+
+use crate::testing;
+
+use super::*;
+
+/// The size of the queue in the tests. One member can take ten places.
+const NOTICES_MAX: usize = 100;
+
+fn notice(user: &str, event: NoticeEvent) -> Notice {
+    Notice {
+        event,
+        at: Timestamp::from_micros(1),
+        call: CallId::fresh(),
+        tenant: Tenant::default(),
+        user: UserId::parse(user).unwrap(),
+        principal: String::new(),
+        peer: String::new(),
+        place: String::new(),
+        device: None,
+        request: None,
+        expires: None,
+        key: None,
+    }
+}
+
+fn offer(queue: &NoticeQueue, user: &str) {
+    queue.offer(notice(user, NoticeEvent::DeviceTrusted));
+}
+
+/// Takes everything from the queue. The caller decides when the places are free again.
+fn taken(waiting: &mut mpsc::Receiver<Queued>) -> Vec<Queued> {
+    std::iter::from_fn(|| waiting.try_recv().ok()).collect()
+}
+
+fn users(queued: &[Queued]) -> Vec<&str> {
+    let queued = queued.iter();
+    queued.map(|(notice, _)| notice.user.as_str()).collect()
+}
+
+#[test]
+fn one_member_cannot_fill_the_queue() {
+    let (queue, mut waiting) = NoticeQueue::new(NoticeEvent::ALL.into(), NOTICES_MAX);
+    for _ in 0..NOTICES_MAX {
+        offer(&queue, "ada");
+    }
+    offer(&queue, "bob");
+    let mut queued = taken(&mut waiting);
+    assert_eq!(users(&queued), [["ada"; 10].as_slice(), &["bob"]].concat());
+    // A notice that is being delivered, or that waits for its next attempt, still has its places.
+    offer(&queue, "ada");
+    assert!(taken(&mut waiting).is_empty());
+    // The member of another tenant with the same id is another member.
+    let mut other = notice("ada", NoticeEvent::DeviceTrusted);
+    other.tenant = Tenant::parse("other").unwrap();
+    queue.offer(other);
+    assert_eq!(users(&taken(&mut waiting)), ["ada"]);
+    // The delivery of one notice ended.
+    drop(queued.remove(0));
+    for _ in 0..2 {
+        offer(&queue, "ada");
+    }
+    assert_eq!(users(&taken(&mut waiting)), ["ada"]);
+}
+
+#[test]
+fn the_queue_is_bounded_until_deliveries_end() {
+    let (queue, mut waiting) = NoticeQueue::new(NoticeEvent::ALL.into(), 2);
+    for user in ["ada", "bob", "carol"] {
+        offer(&queue, user);
+    }
+    let queued = taken(&mut waiting);
+    assert_eq!(users(&queued), ["ada", "bob"]);
+    offer(&queue, "carol");
+    assert!(taken(&mut waiting).is_empty());
+    drop(queued);
+    offer(&queue, "carol");
+    assert_eq!(users(&taken(&mut waiting)), ["carol"]);
+}
+
+#[test]
+fn a_member_without_a_waiting_notice_is_forgotten() {
+    let (queue, mut waiting) = NoticeQueue::new(NoticeEvent::ALL.into(), NOTICES_MAX);
+    for number in 0..10_000 {
+        offer(&queue, &format!("member-{number}"));
+        assert_eq!(taken(&mut waiting).len(), 1, "{number}");
+    }
+    let members = queue.places.of_members.lock().unwrap();
+    assert!(members.len() < 100, "{}", members.len());
+}
+
+#[test]
+fn the_notices_of_a_change_wait_for_its_outcome() {
+    let wanted = [NoticeEvent::DeviceTrusted, NoticeEvent::DeviceLost].into();
+    let (queue, mut waiting) = NoticeQueue::new(wanted, NOTICES_MAX);
+    let all = || Vec::from(NoticeEvent::ALL.map(|event| notice("ada", event)));
+    let (committed, failed) = (CallId::fresh(), CallId::fresh());
+    for call in [committed, failed] {
+        queue.hold(call, all());
+        queue.keep(call);
+    }
+    assert!(taken(&mut waiting).is_empty());
+    queue.settle(failed, false);
+    queue.settle(committed, true);
+    // A second report about the outcome sends nothing again.
+    queue.settle(committed, true);
+    queue.settle(failed, true);
+    let queued = taken(&mut waiting);
+    let events: Vec<NoticeEvent> = queued.iter().map(|(notice, _)| notice.event).collect();
+    assert_eq!(
+        events,
+        [NoticeEvent::DeviceTrusted, NoticeEvent::DeviceLost]
+    );
+    assert!(queue.held().is_empty());
+}
+
+#[test]
+fn the_notices_that_wait_for_an_outcome_are_bounded() {
+    let (queue, mut waiting) = NoticeQueue::new(NoticeEvent::ALL.into(), 2);
+    let calls: Vec<CallId> = (0..3).map(|_| CallId::fresh()).collect();
+    for (call, user) in calls.iter().zip(["ada", "bob", "carol"]) {
+        queue.hold(*call, vec![notice(user, NoticeEvent::DeviceTrusted)]);
+        queue.keep(*call);
+    }
+    for call in calls {
+        queue.settle(call, true);
+    }
+    assert_eq!(users(&taken(&mut waiting)), ["ada", "bob"]);
+}
+
+fn draft(action: Action) -> Draft {
+    let principal = testing::service("URI:ada", &[]);
+    let call = Call::start("192.0.2.1:1", Deadline::after(Duration::from_secs(1)));
+    Draft::new(&principal, &call, action)
+}
+
+#[test]
+fn the_action_and_the_state_decide_the_event_of_a_device() {
+    use DeviceState::{Lost, Trusted, Untrusted};
+    for (action, state, is_last, expected) in [
+        (
+            Action::EstablishDevice,
+            Trusted,
+            true,
+            Some(NoticeEvent::DeviceTrusted),
+        ),
+        // The device that signed.
+        (Action::EstablishDevice, Trusted, false, None),
+        (Action::ApproveAccess, Trusted, true, None),
+        (Action::UntrustDevice, Trusted, true, None),
+        (Action::DenyAccess, Trusted, true, None),
+        (Action::RotateDevices, Trusted, true, None),
+        (
+            Action::UntrustDevice,
+            Untrusted,
+            false,
+            Some(NoticeEvent::DeviceUntrusted),
+        ),
+        (
+            Action::UntrustDevice,
+            Lost,
+            true,
+            Some(NoticeEvent::DeviceLost),
+        ),
+        (
+            Action::DenyAccess,
+            Untrusted,
+            true,
+            Some(NoticeEvent::DeviceUntrusted),
+        ),
+        (
+            Action::RotateDevices,
+            Untrusted,
+            true,
+            Some(NoticeEvent::DeviceUntrusted),
+        ),
+        (
+            Action::ReportDevice,
+            Trusted,
+            true,
+            Some(NoticeEvent::DeviceLost),
+        ),
+        (
+            Action::ReportDevice,
+            Untrusted,
+            true,
+            Some(NoticeEvent::DeviceLost),
+        ),
+        (Action::RenameDevice, Trusted, true, None),
+        (Action::RenameDevice, Untrusted, true, None),
+        (Action::RenameDevice, Lost, true, None),
+    ] {
+        let found = event_of_device(&draft(action), state, is_last);
+        assert_eq!(found, expected, "{action:?} {state} {is_last}");
+    }
+}
+
+#[test]
+fn the_action_and_the_state_decide_the_event_of_a_request() {
+    use AccessState::{Approved, Consumed, Denied, Pending, Revoked};
+    let created = event_of_request(&draft(Action::RequestAccess), Pending, true);
+    assert_eq!(created, Some(NoticeEvent::AccessRequested));
+    for (action, state, expected) in [
+        (
+            Action::ApproveAccess,
+            Approved,
+            Some(NoticeEvent::AccessApproved),
+        ),
+        (
+            Action::ApproveForMember,
+            Approved,
+            Some(NoticeEvent::AccessApprovedForMember),
+        ),
+        // The first of two approvals.
+        (Action::ApproveForMember, Pending, None),
+        (Action::DenyAccess, Denied, Some(NoticeEvent::AccessDenied)),
+        (Action::DenyAccess, Revoked, Some(NoticeEvent::AccessDenied)),
+        // The answer was fetched at the time of the approval.
+        (Action::FetchAccess, Approved, None),
+        (Action::FetchAccess, Consumed, None),
+    ] {
+        let found = event_of_request(&draft(action), state, false);
+        assert_eq!(found, expected, "{action:?} {state}");
+    }
+}
+
+/// A wrong guess is counted within a call for another action. Only the last wrong guess has an event.
+#[test]
+fn a_counted_wrong_guess_is_no_approval() {
+    use AccessState::{Approved, Denied, Pending, Revoked};
+    for (action, counted, state, expected) in [
+        (
+            Action::ApproveForMember,
+            "access_request.wrong_words",
+            Pending,
+            None,
+        ),
+        (
+            Action::ApproveForMember,
+            "access_request.wrong_words",
+            Denied,
+            Some(NoticeEvent::AccessDenied),
+        ),
+        (
+            Action::FetchAccess,
+            "access_request.wrong_code",
+            Approved,
+            None,
+        ),
+        (
+            Action::FetchAccess,
+            "access_request.wrong_code",
+            Revoked,
+            Some(NoticeEvent::AccessDenied),
+        ),
+    ] {
+        let draft = draft(action).of_wrong_guess(counted, CallId::fresh());
+        assert_eq!(event_of_request(&draft, state, false), expected, "{state}");
+    }
+}

@@ -50,9 +50,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// How long callers call while the faults of a schedule last.
 const LASTS: Duration = Duration::from_millis(700);
 const RELEASERS: usize = 3;
-/// How long a caller that releases keys waits between two calls. Without a pause, the callers use a processor each, so that few
-/// schedules can run at the same time. Every fault of a schedule concerns one of the next eight calls of a function.
-const PAUSE: Duration = Duration::from_millis(20);
+/// How long a caller waits between two calls. With shorter pauses, the callers use most of the processor time, so that few schedules
+/// can run at the same time. Every fault of a schedule concerns one of the next eight calls of a function.
+const PAUSE: Duration = Duration::from_millis(50);
 const USERS: u64 = 8;
 
 /// Reasons with which a call may be refused meanwhile.
@@ -228,7 +228,7 @@ impl World {
                     Ok(()) => acknowledged.push(user),
                     Err(reason) => refused(&seen, reason),
                 }
-                sleep(Duration::from_millis(20)).await;
+                sleep(PAUSE).await;
             }
             acknowledged
         }));

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
@@ -283,12 +284,17 @@ fn finish(context: &Context, result: Result<(), Failure>) -> ExitCode {
     }
 }
 
+/// How long a thread for blocking work waits for more work before it ends. The runtime gives work to these threads in turn, so with
+/// the default of ten seconds, little regular work would keep all threads of a short peak.
+const BLOCKING_THREAD_KEPT: Duration = Duration::from_secs(1);
+
 /// Runs a future on a new runtime with one thread for every two cores. The workers need the other cores, and fewer threads mean
 /// fewer wake-ups for each call.
 fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.div_ceil(2))
+        .thread_keep_alive(BLOCKING_THREAD_KEPT)
         .enable_all()
         .build()
         .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))?;

@@ -1,7 +1,7 @@
 //! What is in the memory of the broker's processes during sealed releases, and during plain ones as a control. The processes make no
 //! core dumps, so the test reads their memory through `/proc`, as root can.
 //!
-//! `KEYBROKER_TEST_SEALED_KEYS=10000` sets the number of keys; docs/performance.md has the command and the figures.
+//! `KEYBROKER_TEST_SEALED_KEYS=10000` sets the number of keys; docs/sealed.md has the command and the result.
 
 use std::{
     env,

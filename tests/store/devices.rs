@@ -480,6 +480,37 @@ pub(crate) async fn pages_of_requests_are_filtered_and_complete(engine: &Engine)
             .await
             .is_empty()
     );
+
+    // Decisions have the order of their times, and not that of the requests.
+    for (user, number, decided) in [
+        ("ada", 130, 500),
+        ("bob", 131, 700),
+        ("ada", 132, 600),
+        ("bob", 133, 650),
+    ] {
+        let row = AccessRow {
+            state: AccessState::Denied,
+            decision: Some(AccessDecision {
+                by: "carol".to_owned(),
+                device: None,
+                at: at(decided),
+            }),
+            ..access(user, number)
+        };
+        make(&*store, &request(added(row))).await.unwrap();
+    }
+    for (users, limit, expected) in [
+        (Reach::All, 10, &[131, 133, 132, 130][..]),
+        (Reach::All, 2, &[131, 133]),
+        (many("ada"), 10, &[132, 130]),
+        (many("nobody"), 10, &[]),
+    ] {
+        let tenant = Tenant::default();
+        let found = store.access_decisions(&tenant, &users, limit).await;
+        let found = found.unwrap().into_iter();
+        let ids: Vec<u8> = found.map(|row| row.unwrap().id.as_bytes()[0]).collect();
+        assert_eq!(ids, expected, "{users:?}");
+    }
 }
 
 /// The limit on the requests of a member holds for requests at the same moment, and a device has one pending request.
@@ -602,9 +633,14 @@ async fn requests_are_listed_counted_and_forgotten(store: &dyn Store) {
         ..query(Reach::All, None)
     };
     assert!(ids(&elsewhere).await.is_empty());
-    for (device, pending, unexpired) in [(77, 0, 2), (78, 1, 3)] {
-        let device = place("ada", device);
-        let counts = store.count_access_requests(&device, at(0)).await.unwrap();
+    // The same id with another verification key is another device.
+    for (device, key, pending, unexpired) in [(77, 4, 0, 2), (78, 4, 1, 3), (77, 9, 1, 3)] {
+        let asking = AskingDevice {
+            address: place("ada", device),
+            verification_key: vec![key; 65],
+            ..access("ada", 4).device
+        };
+        let counts = store.count_access_requests(&asking, at(0)).await.unwrap();
         assert_eq!(counts, AccessCounts { pending, unexpired });
     }
     // Open requests need their key until they expire.

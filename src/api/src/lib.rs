@@ -7,4 +7,5 @@ mod discard;
 pub mod fuzzing;
 mod request;
 pub mod rest;
+mod retry_after;
 pub mod rpc;

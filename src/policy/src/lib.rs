@@ -53,7 +53,7 @@ pub use verdict::Verdict;
 use set::Set;
 
 /// The name of the decision if no policy permits the action.
-const DEFAULT_DENY: &str = "default-deny";
+pub const DEFAULT_DENY: &str = "default-deny";
 /// The name of the rule against conflicting roles.
 const SEPARATION_OF_DUTIES: &str = "separation-of-duties";
 /// The name of the rule against keys of other tenants.

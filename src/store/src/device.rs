@@ -434,10 +434,19 @@ pub trait Devices: Send + Sync {
         wanted: &AccessQuery,
     ) -> Result<Vec<(AccessPlace, Result<AccessRow, DamagedAccess>)>, Error>;
 
+    /// Returns the requests with the latest decisions about these users, the latest decision first.
+    async fn access_decisions(
+        &self,
+        tenant: &Tenant,
+        users: &Reach<UserId>,
+        limit: u32,
+    ) -> Result<Vec<Result<AccessRow, DamagedAccess>>, Error>;
+
     /// Counts the requests of a member that have not expired at a time, except the pending requests of this device of the member.
+    /// A request with another verification key is the request of another device.
     async fn count_access_requests(
         &self,
-        device: &DeviceAddress,
+        asking: &AskingDevice,
         now: Timestamp,
     ) -> Result<AccessCounts, Error>;
 

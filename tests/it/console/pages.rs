@@ -200,7 +200,7 @@ async fn an_approver_denies_and_withdraws() {
         shown.contains("<b>denied</b>") && shown.contains(CAROL),
         "{shown}"
     );
-    assert!(dave.get(&deny).await.html.contains("does not change"));
+    assert!(dave.get(&deny).await.html.contains("can no longer change"));
 
     let (html, token) = carol.form(&second).await;
     let words = heard(&html, &second);

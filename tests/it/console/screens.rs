@@ -21,13 +21,13 @@ async fn the_pages_have_pictures() {
     }
     let site = ConsoleSite::open();
     let (ada, first) = site.ada().await;
-    let mut laptop = App::new(2);
-    laptop.name = "Ada's new laptop".to_owned();
-    let mut phone = App::new(3);
-    phone.name = "Ada's phone".to_owned();
-    ada.trusts(&phone, &first).await.unwrap();
+    let mut phone = App::new(2);
+    phone.name = "Ada's new phone".to_owned();
+    let mut laptop = App::new(3);
+    laptop.name = "Ada's laptop".to_owned();
+    ada.trusts(&laptop, &first).await.unwrap();
     let asked = ada
-        .asks(&laptop, AccessApprover::Administrator)
+        .asks(&phone, AccessApprover::Administrator)
         .await
         .unwrap();
     let browser = Browser::signed_in(&site, "carol").await;

@@ -3,9 +3,13 @@
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::identity::now;
+use keybroker_proto::{AccessRequest, AccessRequestState, DeviceState};
 
-use super::site::{Answer, CAROL, ConsoleSite, LOGIN, SESSION, Visitor, path_of, token_of};
+use crate::{identity::now, tokens::ADA};
+
+use super::site::{
+    Answer, CAROL, ConsoleSite, LOGIN, SESSION, Visitor, approval, heard, path_of, token_of,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_approver_signs_in_and_out() {
@@ -201,6 +205,92 @@ async fn a_person_without_the_role_gets_no_session() {
     let refusals = site.entries("access_request.list");
     assert_eq!(refusals.len(), 1, "{refusals:?}");
     assert_eq!(refusals[0]["reason"], "POLICY");
+}
+
+/// A person at an unattended browser, or one whose role was taken away after the sign-in, can read and deny, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story")]
+async fn to_withdraw_and_to_end_trust_needs_a_recent_authentication() {
+    let site = ConsoleSite::open();
+    let (ada, first) = site.ada().await;
+    let [approved, pending] = [site.request(&ada, 2).await, site.request(&ada, 3).await];
+    let carol = Visitor::signed_in(&site, "carol").await;
+    let (html, token) = carol.form(&approved).await;
+    let words = heard(&html, &approved);
+    let fields = approval(&words, &token);
+    let approve = format!("{}/approve", path_of(&approved));
+    assert_eq!(
+        carol.post(&approve, &fields).await.status,
+        StatusCode::SEE_OTHER
+    );
+    let end = "/devices/end-trust";
+    let of_device = format!("{end}?user={ADA}&device={}", hex::encode(&first.id));
+    let withdraw = format!("{}/deny", path_of(&approved));
+    let forms = [
+        (
+            &withdraw,
+            token_of(&carol.get(&withdraw).await.html, &withdraw),
+        ),
+        (
+            &end.to_owned(),
+            token_of(&carol.get(&of_device).await.html, end),
+        ),
+    ]
+    .map(|(path, token)| (path.clone(), token));
+
+    site.identity.age_sign_ins(700);
+    let session = carol.page.lock().unwrap()[SESSION].clone();
+    carol.page.lock().unwrap().clear();
+    carol.sign_in("/sign-in", "carol").await;
+    for path in [&withdraw, &of_device] {
+        let answer = carol.get(path).await;
+        assert_eq!(answer.status, StatusCode::FORBIDDEN, "{path}");
+        assert!(
+            answer.html.contains("Your last sign-in is too old"),
+            "{}",
+            answer.html
+        );
+    }
+    for (path, token) in &forms {
+        let id = hex::encode(&first.id);
+        let fields = [
+            ("user", ADA),
+            ("device", &id),
+            ("cause", "lost"),
+            ("token", token),
+        ];
+        let answer = carol.post(path, &fields).await;
+        assert_eq!(answer.status, StatusCode::FORBIDDEN, "{path}");
+    }
+    assert_eq!(ada.devices().await[0].state(), DeviceState::Trusted);
+    let deny = format!("{}/deny", path_of(&pending));
+    let token = token_of(&carol.get(&deny).await.html, &deny);
+    let denied = carol.post(&deny, &[("token", &token)]).await;
+    assert_eq!(denied.status, StatusCode::SEE_OTHER, "{}", denied.html);
+    let states: Vec<_> = ada
+        .requests()
+        .await
+        .iter()
+        .map(AccessRequest::state)
+        .collect();
+    assert_eq!(
+        states,
+        [AccessRequestState::Denied, AccessRequestState::Approved]
+    );
+    // The session with the recent sign-in can do both.
+    carol
+        .page
+        .lock()
+        .unwrap()
+        .insert(SESSION.to_owned(), session);
+    let (path, token) = &forms[0];
+    let withdrawn = carol.post(path, &[("token", token)]).await;
+    assert_eq!(
+        withdrawn.status,
+        StatusCode::SEE_OTHER,
+        "{}",
+        withdrawn.html
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -63,7 +63,7 @@ fn the_policy_approves_known_devices_and_leaves_the_others_to_a_person() {
     for (request, words) in [
         (&good, "approved"),
         (&forbidden, "policy not-eve"),
-        (&unknown, "policy default-deny"),
+        (&unknown, "no policy permits the approval"),
     ] {
         let line = finished
             .stderr
@@ -133,7 +133,9 @@ fn the_service_approves_at_most_so_many_requests_in_an_hour() {
     let finished = desk.run(&["run", "--once"]);
     assert_eq!(finished.code, Some(0), "{finished:#?}");
     assert!(
-        finished.stderr.contains("`automatic_per_hour` is reached"),
+        finished
+            .stderr
+            .contains("`automatic_per_hour` (2) is reached"),
         "{finished:#?}"
     );
     assert_eq!(desk.server.decisions().len(), 2);

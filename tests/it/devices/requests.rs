@@ -161,17 +161,26 @@ async fn a_member_has_a_limited_number_of_requests() {
     let broker = start(&service, "");
     let (ada, _) = Member::with_first_device(&broker, &service, ADA).await;
     let mut requests = Vec::new();
-    for number in 0..5 {
-        let approver = AccessApprover::Administrator;
-        requests.push(ada.asks(&App::new(10 + number), approver).await.unwrap());
+    let requests_of: Vec<App> = (10..15).map(App::new).collect();
+    for app in &requests_of {
+        requests.push(ada.asks(app, AccessApprover::Administrator).await.unwrap());
     }
     let sixth = ada.asks(&App::new(20), AccessApprover::Device).await;
     refused(sixth, "LIMIT");
+    // An app with the id of a device and another key does not replace the request of the device: it is a sixth request.
+    let other = App::new(requests_of[0].id[0]);
+    refused(
+        ada.asks(&other, AccessApprover::Administrator).await,
+        "LIMIT",
+    );
     // A device that asks again replaces its own request.
-    let again = App::new(14);
-    let replaced = ada.asks(&again, AccessApprover::Administrator).await;
+    let replaced = ada
+        .asks(&requests_of[4], AccessApprover::Administrator)
+        .await;
     replaced.unwrap();
-    assert_eq!(ada.requests().await.len(), 5);
+    let pending = ada.requests().await;
+    assert_eq!(pending.len(), 5);
+    assert!(pending.iter().any(|one| one.id == requests[0].id));
     ada.denies(&requests[0]).await.unwrap();
     ada.asks(&App::new(20), AccessApprover::Device)
         .await

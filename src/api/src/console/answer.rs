@@ -13,6 +13,8 @@ use keybroker_core::{
     error::{Error, Reason},
 };
 
+use crate::retry_after::retry_after_seconds;
+
 use super::pages;
 
 /// The headers of every answer. The page loads its own style sheet and script and nothing else, sends forms only to itself, and no
@@ -129,7 +131,7 @@ impl Failure {
             failure.message.texts.push(what.to_owned());
         }
         failure.message.call = call.to_string();
-        failure.retry_after_s = error.retry_delay().map(|delay| delay.as_secs().max(1));
+        failure.retry_after_s = error.retry_delay().map(retry_after_seconds);
         failure
     }
 
@@ -137,8 +139,8 @@ impl Failure {
     pub(super) fn no_method(allowed: &'static str) -> Box<Self> {
         let mut failure = Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
-            "This is not possible here",
-            "The address has no such method.",
+            "The page does not support this action",
+            "Go back, and use the buttons of the page. Nothing was changed.",
         );
         failure.allow = Some(allowed);
         failure

@@ -1,12 +1,10 @@
-//! The pages about requests for access: the pending requests, one request, approve and deny, and the last decisions.
+//! The pages about requests for access: the pending requests, one request, approve and deny, and the latest decisions.
 //!
 //! Mitigations: M27, M30 of `THREAT_MODEL.md`.
 
 use axum::http::StatusCode;
 
-use keybroker_broker::{
-    ACCESS_REQUESTS_LISTED_MAX, AccessPage, AccessPlace, AccessView, AdministratorApproval,
-};
+use keybroker_broker::{AccessPage, AccessPlace, AdministratorApproval};
 use keybroker_core::{
     call::Timestamp,
     error::{Error, Reason},
@@ -22,7 +20,7 @@ use super::{
 };
 
 /// Highest number of decisions on the page.
-const DECISIONS_MAX: usize = 50;
+const DECISIONS_MAX: u32 = 50;
 /// Longest word that an approver can type, in bytes.
 const WORD_BYTES_MAX: usize = 32;
 /// The fields of the two words.
@@ -54,26 +52,17 @@ fn place(text: &str) -> Option<AccessPlace> {
     Some((at, AccessRequestId::from_hex(id)?))
 }
 
-/// Lists the last decisions about requests of the covered members.
+/// Lists the latest decisions about requests of the covered members.
 pub(super) async fn decisions(context: &Context, visit: &Visit) -> Answer {
-    let wanted = AccessPage {
-        limit: ACCESS_REQUESTS_LISTED_MAX,
-        ..AccessPage::from(true)
-    };
-    let listed = context
-        .broker
-        .list_access_requests(visit.principal(), &visit.call, wanted);
+    let listed =
+        context
+            .broker
+            .list_access_decisions(visit.principal(), &visit.call, DECISIONS_MAX);
     let list = listed.await.map_err(|error| visit.failure(&error))?;
-    let mut decided: Vec<&AccessView> = list
-        .requests
-        .iter()
-        .filter(|view| view.row.decision.is_some())
-        .collect();
-    decided.sort_by_key(|view| view.row.decision.as_ref().map(|decision| decision.at));
-    let latest = decided.into_iter().rev().take(DECISIONS_MAX);
     let page = pages::Decisions {
         frame: visit.frame("/decisions"),
-        requests: latest.map(AccessRequest::from).collect(),
+        requests: list.requests.iter().map(AccessRequest::from).collect(),
+        damaged: list.damaged.len(),
         max: DECISIONS_MAX,
     };
     Ok(answer::page(StatusCode::OK, &page))
@@ -96,7 +85,9 @@ async fn show(
     let page = pages::Request {
         frame: visit.frame(""),
         is_first_approver: first == Some(visit.principal().name()),
-        approve: may_approve(context, visit).then(|| visit.session.token(&approval(id))),
+        approve: visit
+            .is_recent(context)
+            .then(|| visit.session.token(&approval(id))),
         request,
         refused,
     };
@@ -115,14 +106,13 @@ async fn found(
     Ok(AccessRequest::from(&view))
 }
 
-fn may_approve(context: &Context, visit: &Visit) -> bool {
-    visit
-        .session
-        .is_authenticated_within(context.settings.reauthentication)
-}
-
 fn approval(id: AccessRequestId) -> String {
     format!("approve {id}")
+}
+
+/// The address at which an approver signs in again and returns to a request.
+fn sign_in_for(id: AccessRequestId) -> String {
+    format!("/sign-in?request={id}")
 }
 
 fn denial(id: AccessRequestId) -> String {
@@ -132,11 +122,7 @@ fn denial(id: AccessRequestId) -> String {
 /// Approves a request with the two words that the approver heard from the member.
 pub(super) async fn approve(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
     visit.check_token(&approval(id))?;
-    if !may_approve(context, visit) {
-        let text = "Before you approve, the provider must confirm again that it is you. Nothing was changed.";
-        let failure = Failure::new(StatusCode::FORBIDDEN, "Sign in again to approve", text);
-        return Err(failure.with_link(format!("/sign-in?request={id}"), "Sign in again"));
-    }
+    visit.check_recent(context, &sign_in_for(id))?;
     let words = WORDS.map(|name| visit.fields.value(name).trim().to_owned());
     let refused = refused_input(visit, &words);
     if refused.words.is_some() || refused.spoken.is_some() {
@@ -169,7 +155,7 @@ fn refused_input(visit: &Visit, words: &[String; 2]) -> Refused {
     Refused {
         words: (!words.iter().all(is_word))
             .then(|| "Enter both words, as the member reads them to you.".to_owned()),
-        spoken: (!has_spoken).then_some("Confirm that the member read the words to you."),
+        spoken: (!has_spoken).then_some("Confirm that the member read all five words to you."),
     }
 }
 
@@ -178,12 +164,17 @@ fn is_about_words(error: &Error) -> bool {
     error.reason() == Reason::Request && violations.any(|one| one.field == "phrase_words")
 }
 
-/// Asks for a confirmation, and then denies a request or withdraws an approval.
+/// Asks for a confirmation, and then denies a request or withdraws an approval. To withdraw an approval can end the trust of a device, so
+/// it needs a recent sign-in. A denial of a pending request needs none, so that nothing delays it.
 pub(super) async fn deny(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
+    let request = found(context, visit, id).await?;
+    if request.is_deniable() && !request.is_pending() {
+        visit.check_recent(context, &sign_in_for(id))?;
+    }
     if !visit.is_form {
         let page = pages::Deny {
             frame: visit.frame(""),
-            request: found(context, visit, id).await?,
+            request,
             token: visit.session.token(&denial(id)),
         };
         return Ok(answer::page(StatusCode::OK, &page));

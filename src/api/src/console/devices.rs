@@ -95,9 +95,10 @@ impl Chosen {
     }
 }
 
-/// Asks for a confirmation, and then ends the trust of devices.
+/// Asks for a confirmation, and then ends the trust of devices. This needs a recent sign-in, as an approval does.
 pub(super) async fn end_trust(context: &Context, visit: &Visit) -> Answer {
     let chosen = Chosen::read(visit).map_err(|error| visit.failure(&error))?;
+    visit.check_recent(context, "/sign-in")?;
     if !visit.is_form {
         return confirm(context, visit, &chosen, None).await;
     }

@@ -170,11 +170,12 @@ pub(super) struct EndTrust {
     pub(super) refused: Option<&'static str>,
 }
 
-/// The last decisions.
+/// The latest decisions.
 #[derive(Debug, Template)]
 #[template(path = "console/decisions.html")]
 pub(super) struct Decisions {
     pub(super) frame: Frame,
     pub(super) requests: Vec<AccessRequest>,
-    pub(super) max: usize,
+    pub(super) damaged: usize,
+    pub(super) max: u32,
 }

@@ -1,10 +1,13 @@
 //! A request of an approver who signed in.
 
-use axum::{body::Body, http::Response};
+use axum::{
+    body::Body,
+    http::{Response, StatusCode},
+};
 
 use keybroker_core::{call::Call, error::Error, principal::Principal};
 
-use super::{answer::Failure, forms::Fields, pages::Frame, sessions::Session};
+use super::{Context, answer::Failure, forms::Fields, pages::Frame, sessions::Session};
 
 /// An answer, or the page that says why there is none.
 pub(super) type Answer = Result<Response<Body>, Box<Failure>>;
@@ -31,6 +34,27 @@ impl Visit {
     /// Refuses a form without its token.
     pub(super) fn check_token(&self, purpose: &str) -> Result<(), Box<Failure>> {
         self.fields.check_token(&self.session, purpose)
+    }
+
+    /// Whether the provider confirmed recently that the person is there. Without a recent confirmation, a person at an unattended browser,
+    /// or one whose role was taken away meanwhile, can only read and deny.
+    pub(super) fn is_recent(&self, context: &Context) -> bool {
+        self.session
+            .is_authenticated_within(context.settings.reauthentication)
+    }
+
+    /// Refuses an action that needs a recent confirmation.
+    pub(super) fn check_recent(
+        &self,
+        context: &Context,
+        sign_in: &str,
+    ) -> Result<(), Box<Failure>> {
+        if self.is_recent(context) {
+            return Ok(());
+        }
+        let text = "Your last sign-in is too old for this action. Sign in again, and then repeat the action. Nothing was changed.";
+        let failure = Failure::new(StatusCode::FORBIDDEN, "Sign in again", text);
+        Err(failure.with_link(sign_in.to_owned(), "Sign in again"))
     }
 
     pub(super) fn failure(&self, error: &Error) -> Box<Failure> {

@@ -16,6 +16,8 @@ use keybroker_core::{
     error::{Error, Reason},
 };
 
+use crate::retry_after::retry_after_seconds;
+
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 /// Retry delay of an answer, in seconds, if the error specifies no delay.
 const RETRY_SECONDS: u64 = 5;
@@ -98,12 +100,9 @@ pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Respo
     response
 }
 
-/// Converts a delay to whole seconds, rounded up, but at least one second.
+/// The value of the header `Retry-After`.
 fn seconds(delay: Option<Duration>) -> u64 {
-    delay.map_or(RETRY_SECONDS, |delay| {
-        let part = u64::from(delay.subsec_nanos() > 0);
-        delay.as_secs().saturating_add(part).max(1)
-    })
+    delay.map_or(RETRY_SECONDS, retry_after_seconds)
 }
 
 /// An answer with a JSON body. Answers must not be cached.

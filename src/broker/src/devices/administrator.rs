@@ -194,7 +194,7 @@ impl Broker {
         approval: &AdministratorApproval,
     ) -> Result<(), Error> {
         let all = phrase(row);
-        let expected = hidden_words(row.id).map(|place| all.words()[place]);
+        let expected = hidden_words(&row.code).map(|place| all.words()[place]);
         let is_right = approval
             .words
             .iter()

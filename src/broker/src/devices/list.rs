@@ -7,6 +7,7 @@ use aws_lc_rs::digest;
 use keybroker_core::{
     call::{Call, Timestamp},
     device::AccessState,
+    envelope::Mac,
     error::{Error, Reason},
     fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase},
     key::{AccessRequestId, UserId, WrappingKeyId},
@@ -112,7 +113,7 @@ impl AccessView {
 
     /// Hides the words that the approver must hear from the member.
     pub(super) fn for_approver(mut self) -> Self {
-        for place in hidden_words(self.row.id) {
+        for place in hidden_words(&self.row.code) {
             self.phrase.words[place] = None;
         }
         self
@@ -124,9 +125,10 @@ pub(super) fn phrase(row: &AccessRow) -> FingerprintPhrase {
     FingerprintPhrase::new(row.device.address.user.as_str(), &row.public_key)
 }
 
-/// The places of the two words that an approver types, which depend on the id of the request.
-pub(super) fn hidden_words(id: AccessRequestId) -> [usize; 2] {
-    let [first, second, ..] = *id.as_bytes();
+/// The places of the two words that an approver types. They depend on the MAC of the access code, which nobody outside the broker
+/// knows: a person who knew the places could make a key whose phrase has the right words there, with about 2^26 attempts.
+pub(super) fn hidden_words(code: &Mac) -> [usize; 2] {
+    let [first, second, ..] = *code;
     let first = usize::from(first) % FINGERPRINT_PHRASE_WORDS;
     let step = 1 + usize::from(second) % (FINGERPRINT_PHRASE_WORDS - 1);
     let second = (first + step) % FINGERPRINT_PHRASE_WORDS;
@@ -246,6 +248,29 @@ impl Broker {
         .await
     }
 
+    /// Returns the latest decisions about requests for access: those of the principal, or for an approver those of the users whom the
+    /// configuration names.
+    pub async fn list_access_decisions(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        limit: u32,
+    ) -> Result<AccessList, Error> {
+        let action = Action::ListAccess;
+        Box::pin(observed(action, call, async {
+            self.check_admission(&caller(principal, call), principal, call, action)
+                .await?;
+            let list = async {
+                let draft = self.begin_list(principal, call).await?;
+                let listed = self.listed_decisions(principal, call, limit).await;
+                self.conclude(draft, listed).await.map(Recorded::into_inner)
+            };
+            let entered = self.enter(principal, call, action).await?;
+            entered.run(Box::pin(list)).await
+        }))
+        .await
+    }
+
     /// Returns one request for access: of the principal, or for an approver of a user whom the configuration names.
     pub async fn access_request(
         &self,
@@ -253,13 +278,18 @@ impl Broker {
         call: &Call,
         id: AccessRequestId,
     ) -> Result<AccessView, Error> {
-        Box::pin(observed(Action::ListAccess, call, async {
-            let draft = self.begin_list(principal, call).await?;
-            let row = self
-                .found_request(principal, call, Action::ListAccess, id)
+        let action = Action::ListAccess;
+        Box::pin(observed(action, call, async {
+            self.check_admission(&caller(principal, call), principal, call, action)
                 .await?;
-            let shown = self.shown_request(principal, call, row).await;
-            self.conclude(draft, shown).await.map(Recorded::into_inner)
+            let read = async {
+                let draft = self.begin_list(principal, call).await?;
+                let row = self.found_request(principal, call, action, id).await?;
+                let shown = self.shown_request(principal, call, row).await;
+                self.conclude(draft, shown).await.map(Recorded::into_inner)
+            };
+            let entered = self.enter(principal, call, action).await?;
+            entered.run(Box::pin(read)).await
         }))
         .await
     }
@@ -317,24 +347,53 @@ impl Broker {
         };
         let query = AccessQuery {
             tenant: principal.tenant().clone(),
-            users: match principal.subject() {
-                Some(user) => Reach::Only([user.clone()].into()),
-                None => principal.identity().users.clone(),
-            },
+            users: visible_users(principal),
             pending: (!page.all).then_some(pending),
             after: page.after,
             limit: page.limit,
         };
         let found = within(call, self.store.access_requests(&query)).await?;
         let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= page.limit);
+        let next = found.last().map(|(place, _)| *place).filter(|_| is_full);
+        let is_wanted = |row: &AccessRow| {
+            page.all || is_member || !self.is_same_person(principal.name(), &row.requested_by)
+        };
+        let rows = found.into_iter().map(|(_, row)| row);
+        let rows = rows.filter(|row| row.as_ref().map_or(true, &is_wanted));
+        let list = self.viewed(principal, call, rows).await;
+        Ok(AccessList { next, ..list })
+    }
+
+    async fn listed_decisions(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        limit: u32,
+    ) -> Result<AccessList, Error> {
+        self.check_acknowledged()?;
+        let users = visible_users(principal);
+        let found = self
+            .store
+            .access_decisions(principal.tenant(), &users, limit);
+        let found = within(call, found).await?;
+        Ok(self.viewed(principal, call, found).await)
+    }
+
+    /// The requests as a principal may see them, each verified by the token.
+    async fn viewed(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        rows: impl IntoIterator<Item = Result<AccessRow, DamagedAccess>>,
+    ) -> AccessList {
         let mut list = AccessList {
             requests: Vec::new(),
             damaged: Vec::new(),
-            next: found.last().map(|(place, _)| *place).filter(|_| is_full),
+            next: None,
         };
         let token = caller(principal, call);
         let mut failed = BTreeSet::new();
-        for (_, row) in found {
+        for row in rows {
             let row = match row {
                 Ok(row) => row,
                 Err(damaged) => {
@@ -342,10 +401,6 @@ impl Broker {
                     continue;
                 }
             };
-            let is_own = !is_member && self.is_same_person(principal.name(), &row.requested_by);
-            if !page.all && is_own {
-                continue;
-            }
             let verified = self.verify_access(&token, &row);
             let (is_verified, is_altered) = listed(row.signer, &mut failed, verified).await;
             let view = AccessView {
@@ -355,7 +410,15 @@ impl Broker {
             };
             list.requests.push(view.for_principal(principal));
         }
-        Ok(list)
+        list
+    }
+}
+
+/// The users whose requests a principal may see. A member sees the own requests.
+fn visible_users(principal: &Principal) -> Reach<UserId> {
+    match principal.subject() {
+        Some(user) => Reach::Only([user.clone()].into()),
+        None => principal.identity().users.clone(),
     }
 }
 
@@ -394,6 +457,8 @@ async fn listed(
 mod tests {
     use std::collections::BTreeSet;
 
+    use keybroker_core::envelope::MAC_BYTES;
+
     use super::*;
 
     #[test]
@@ -401,9 +466,9 @@ mod tests {
         let mut pairs = BTreeSet::new();
         for first in 0..=255 {
             for second in 0..=255 {
-                let mut id = [0; 16];
-                (id[0], id[1]) = (first, second);
-                let [one, two] = hidden_words(AccessRequestId::from_bytes(id));
+                let mut code = [0; MAC_BYTES];
+                (code[0], code[1]) = (first, second);
+                let [one, two] = hidden_words(&code);
                 assert!(one < two && two < 5);
                 pairs.insert([one, two]);
             }

@@ -51,6 +51,8 @@ pub struct NewAccessRequest {
 
 impl Broker {
     /// Stores a request for access of a new device of the principal. The request replaces an earlier one of the device that is pending.
+    /// A request with another verification key is not of the same device, even if it has the id of the device: another person with an
+    /// access token of the member cannot remove the request that the member's device made.
     pub async fn request_access(
         self: &Arc<Self>,
         principal: &Principal,
@@ -101,7 +103,13 @@ impl Broker {
             let what = "the device is trusted, so it needs no request";
             return Err(super::wrong_state("device_id", what));
         }
-        self.check_requests_of_member(call, &address, now).await?;
+        let asking = AskingDevice {
+            address,
+            name: new.name,
+            kind: new.kind,
+            verification_key: new.verification_key.as_bytes().to_vec(),
+        };
+        self.check_requests_of_member(call, &asking, now).await?;
         let id = fresh_id()?;
         let lifetime = match new.road {
             ApprovalRoad::Device => self.device_rules.request_lifetime,
@@ -117,12 +125,7 @@ impl Broker {
             signer,
             state: AccessState::Pending,
             road: new.road,
-            device: AskingDevice {
-                address,
-                name: new.name,
-                kind: new.kind,
-                verification_key: new.verification_key.as_bytes().to_vec(),
-            },
+            device: asking,
             key_name: new.key_name,
             public_key: new.public_key,
             code,
@@ -147,10 +150,10 @@ impl Broker {
     async fn check_requests_of_member(
         &self,
         call: &Call,
-        device: &DeviceAddress,
+        asking: &AskingDevice,
         now: Timestamp,
     ) -> Result<(), Error> {
-        let counts = self.store.count_access_requests(device, now);
+        let counts = self.store.count_access_requests(asking, now);
         let counts = within(call, counts).await?;
         let what = if counts.pending >= MOST.pending {
             format!(

@@ -219,7 +219,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "gives the role `approver`",
     ),
     (
-        "external_url = \"https://approvers.example.org\"",
+        "external_url = \"https://approvers.example.org:8445\"",
         "external_url = \"https://approvers.example.org/\"",
         "without a slash at the end",
     ),

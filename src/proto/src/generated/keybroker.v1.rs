@@ -4140,10 +4140,10 @@ pub struct EstablishTrustRequest {
     /// 16 bytes, chosen by the device.
     #[prost(bytes = "vec", tag = "1")]
     pub device_id: ::prost::alloc::vec::Vec<u8>,
-    /// 1 to 128 bytes of UTF-8 without control characters.
+    /// 1 to 128 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
-    /// 1 to 64 bytes of UTF-8 without control characters.
+    /// 1 to 64 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
     #[prost(string, tag = "3")]
     pub r#type: ::prost::alloc::string::String,
     /// The public key of the signatures of the device: 32 bytes of Ed25519, or an uncompressed point of P-256 with 65 bytes.
@@ -4215,7 +4215,7 @@ pub struct RenameDeviceRequest {
     /// 16 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub device_id: ::prost::alloc::vec::Vec<u8>,
-    /// 1 to 128 bytes of UTF-8 without control characters.
+    /// 1 to 128 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
 }
@@ -4318,10 +4318,10 @@ pub struct CreateAccessRequestRequest {
     /// 16 bytes, chosen by the device.
     #[prost(bytes = "vec", tag = "1")]
     pub device_id: ::prost::alloc::vec::Vec<u8>,
-    /// 1 to 128 bytes of UTF-8 without control characters.
+    /// 1 to 128 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
     #[prost(string, tag = "2")]
     pub device_name: ::prost::alloc::string::String,
-    /// 1 to 64 bytes of UTF-8 without control characters.
+    /// 1 to 64 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
     #[prost(string, tag = "3")]
     pub device_type: ::prost::alloc::string::String,
     /// The public key of the signatures of the device, as in EstablishTrust.

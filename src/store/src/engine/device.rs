@@ -7,9 +7,9 @@ use async_trait::async_trait;
 use crate::{
     Error,
     device::{
-        ACCESS_REQUESTS_LISTED_MAX, AccessCounts, AccessPlace, AccessQuery, AccessRow, Changed,
-        DEVICES_MAX, DamagedAccess, DamagedDevice, DeviceAddress, DeviceChange, DeviceMove,
-        DeviceRow, Devices,
+        ACCESS_REQUESTS_LISTED_MAX, AccessCounts, AccessPlace, AccessQuery, AccessRow,
+        AskingDevice, Changed, DEVICES_MAX, DamagedAccess, DamagedDevice, DeviceAddress,
+        DeviceChange, DeviceMove, DeviceRow, Devices,
     },
     mutations::{self, Change, insert_unless_taken},
     record::RecordInfo,
@@ -76,7 +76,7 @@ async fn write(
         found.first().ok_or(Error::Conflict)?;
     }
     if let (Some(Changed { row, .. }), Some(most)) = (&change.request, &change.fewer_than) {
-        make_room(session, sql, &row.device.address, most, at).await?;
+        make_room(session, sql, &row.device, most, at).await?;
     }
     if let Some(Changed { row, expected }) = &change.request {
         let (statement, values) = match expected {
@@ -95,17 +95,19 @@ async fn write(
     Ok(())
 }
 
-/// Removes the earlier pending requests of a device, and requires that the member has few enough other requests.
+/// Removes the earlier pending requests of a device, and requires that the member has few enough other requests. A request with the id
+/// of the device and another verification key is the request of another device.
 async fn make_room(
     session: &mut impl Session,
     sql: &'static Statements,
-    device: &DeviceAddress,
+    asking: &AskingDevice,
     most: &AccessCounts,
     now: Timestamp,
 ) -> Result<(), Error> {
-    let pending = rows::device_key(device);
+    let mut pending = rows::device_key(&asking.address);
+    pending.push(asking.verification_key.as_slice().into());
     session.execute(sql.device.remove_pending, pending).await?;
-    let values = rows::access_count_key(device, now);
+    let values = rows::access_count_key(asking, now);
     let found = session.rows(sql.device.count_requests, values).await?;
     let counts = rows::access_counts(found.first().ok_or(Error::NotFound)?)?;
     if counts.pending < most.pending && counts.unexpired < most.unexpired {
@@ -113,6 +115,32 @@ async fn make_room(
     } else {
         Err(Error::Conflict)
     }
+}
+
+/// The statements that read the rows of these users, each with the values for its users.
+fn portions(
+    users: &Reach<UserId>,
+    of_all: &'static str,
+    of_some: &'static str,
+) -> Vec<(&'static str, Vec<Value>)> {
+    match users {
+        Reach::All => vec![(of_all, Vec::new())],
+        Reach::Only(users) => {
+            let users: Vec<&UserId> = users.iter().collect();
+            let portions = users.chunks(USERS_AT_ONCE).map(|portion| {
+                let users = filled(portion, USERS_AT_ONCE).map(|user| user.as_str().into());
+                (of_some, users.collect())
+            });
+            portions.collect()
+        }
+    }
+}
+
+/// The newest rows of several portions.
+fn newest_first<T>(mut rows: Vec<(AccessPlace, T)>, limit: u32) -> Vec<(AccessPlace, T)> {
+    rows.sort_by_key(|((at, id), _)| (Reverse(*at), *id));
+    rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+    rows
 }
 
 async fn write_row(
@@ -278,35 +306,43 @@ impl<E: Engine> Devices for EngineStore<E> {
     ) -> Result<Vec<(AccessPlace, Result<AccessRow, DamagedAccess>)>, Error> {
         let sql = &E::sql().device;
         let limit = wanted.limit.min(ACCESS_REQUESTS_LISTED_MAX);
-        let portions: Vec<(&'static str, Vec<Value>)> = match &wanted.users {
-            Reach::All => vec![(sql.requests, Vec::new())],
-            Reach::Only(users) => {
-                let users: Vec<&UserId> = users.iter().collect();
-                let portions = users.chunks(USERS_AT_ONCE).map(|portion| {
-                    let users = filled(portion, USERS_AT_ONCE).map(|user| user.as_str().into());
-                    (sql.requests_of_users, users.collect())
-                });
-                portions.collect()
-            }
-        };
         let mut page = Vec::new();
-        for (statement, users) in portions {
+        for (statement, users) in portions(&wanted.users, sql.requests, sql.requests_of_users) {
             let values = rows::access_query_values(wanted, users, limit);
             for row in &self.query(statement, values).await? {
                 page.push((rows::access_place(row)?, rows::listed_access(row)));
             }
         }
-        page.sort_by_key(|((requested, id), _)| (Reverse(*requested), *id));
-        page.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-        Ok(page)
+        Ok(newest_first(page, limit))
+    }
+
+    async fn access_decisions(
+        &self,
+        tenant: &Tenant,
+        users: &Reach<UserId>,
+        limit: u32,
+    ) -> Result<Vec<Result<AccessRow, DamagedAccess>>, Error> {
+        let sql = &E::sql().device;
+        let limit = limit.min(ACCESS_REQUESTS_LISTED_MAX);
+        let mut page = Vec::new();
+        for (statement, users) in portions(users, sql.decisions, sql.decisions_of_users) {
+            let mut values = vec![tenant.as_str().into()];
+            values.extend(users);
+            values.push(limit.into());
+            for row in &self.query(statement, values).await? {
+                page.push((rows::decision_place(row)?, rows::listed_access(row)));
+            }
+        }
+        let page = newest_first(page, limit).into_iter();
+        Ok(page.map(|(_, row)| row).collect())
     }
 
     async fn count_access_requests(
         &self,
-        device: &DeviceAddress,
+        asking: &AskingDevice,
         now: Timestamp,
     ) -> Result<AccessCounts, Error> {
-        let values = rows::access_count_key(device, now);
+        let values = rows::access_count_key(asking, now);
         let found = self.query(E::sql().device.count_requests, values).await?;
         rows::access_counts(found.first().ok_or(Error::NotFound)?)
     }

@@ -157,6 +157,13 @@ pub(crate) fn access_place(row: &impl Columns) -> Result<AccessPlace, Error> {
     Ok((row.time("requested_us")?, id))
 }
 
+/// The place of a decided request among the decisions.
+pub(crate) fn decision_place(row: &impl Columns) -> Result<AccessPlace, Error> {
+    let row = Reader::new(Table::AccessRequests, row);
+    let id = AccessRequestId::from_bytes(row.array("request_id")?);
+    Ok((row.time("decided_us")?, id))
+}
+
 /// The id of a row of [`Table::AccessRequests`], if the id can be read.
 fn access_id(row: &impl Columns) -> Option<AccessRequestId> {
     row.bytes("request_id")
@@ -258,12 +265,14 @@ pub(crate) fn access_query_values(
 }
 
 /// The values of a query that counts the requests for access of a member.
-pub(crate) fn access_count_key(device: &DeviceAddress, now: Timestamp) -> Vec<Value> {
+pub(crate) fn access_count_key(asking: &AskingDevice, now: Timestamp) -> Vec<Value> {
+    let address = &asking.address;
     vec![
-        device.tenant.as_str().into(),
-        device.user.as_str().into(),
+        address.tenant.as_str().into(),
+        address.user.as_str().into(),
         now.into(),
-        device.device.into(),
+        address.device.into(),
+        asking.verification_key.as_slice().into(),
     ]
 }
 

@@ -48,10 +48,14 @@ pub(crate) struct DeviceStatements {
     /// Parameters: tenant, 1 if only pending requests are wanted, now, principal whose requests are then not wanted, the time (twice)
     /// and the id to start after, limit. Returns requests, newest first.
     pub(crate) requests: &'static str,
-    /// Parameters: tenant, user, device. Removes the pending requests of a device.
+    /// Parameters: tenant, as many users as [`USERS_AT_ONCE`], limit. Returns decided requests, the latest decision first.
+    pub(crate) decisions_of_users: &'static str,
+    /// Parameters: tenant, limit. Returns decided requests, the latest decision first.
+    pub(crate) decisions: &'static str,
+    /// Parameters: tenant, user, device, verification key. Removes the pending requests of a device.
     pub(crate) remove_pending: &'static str,
-    /// Parameters: tenant, user, now, device. Returns the number of requests that have not expired, without the pending requests of
-    /// the device, and how many of them are pending.
+    /// Parameters: tenant, user, now, device, verification key. Returns the number of requests that have not expired, without the
+    /// pending requests of the device, and how many of them are pending.
     pub(crate) count_requests: &'static str,
     /// Parameters: request, MAC. Locks a request, and returns it if it has this MAC.
     pub(crate) unchanged_request: &'static str,
@@ -87,6 +91,13 @@ impl DeviceStatements {
                  ORDER BY requested_us DESC, request_id LIMIT ?"
             ))
         };
+        let decisions = |users: &str| {
+            sql(&format!(
+                "SELECT {requests} FROM access_requests WHERE tenant = ?{users} AND decided_us IS NOT NULL \
+                 ORDER BY decided_us DESC, request_id LIMIT ?"
+            ))
+        };
+        let of_users = format!(" AND \"user\" IN ({})", places(USERS_AT_ONCE));
         Self {
             one: sql(&format!(
                 "SELECT {devices} FROM devices WHERE tenant = ? AND \"user\" = ? AND device_id = ?"
@@ -126,14 +137,17 @@ impl DeviceStatements {
             request: sql(&format!(
                 "SELECT {requests} FROM access_requests WHERE request_id = ?"
             )),
-            requests_of_users: page(&format!(" AND \"user\" IN ({})", places(USERS_AT_ONCE))),
+            requests_of_users: page(&of_users),
             requests: page(""),
+            decisions_of_users: decisions(&of_users),
+            decisions: decisions(""),
             remove_pending: sql("DELETE FROM access_requests \
-                 WHERE tenant = ? AND \"user\" = ? AND device_id = ? AND state = 'pending'"),
+                 WHERE tenant = ? AND \"user\" = ? AND device_id = ? AND verification_key = ? \
+                 AND state = 'pending'"),
             count_requests: sql("SELECT count(*) AS total, \
                  count(CASE WHEN state = 'pending' THEN 1 END) AS pending_total \
                  FROM access_requests WHERE tenant = ? AND \"user\" = ? AND expires_us > ? \
-                 AND (state <> 'pending' OR device_id <> ?)"),
+                 AND (state <> 'pending' OR device_id <> ? OR verification_key <> ?)"),
             unchanged_request: sql(&format!(
                 "SELECT request_id FROM access_requests WHERE request_id = ? AND mac = ? {lock}"
             )),

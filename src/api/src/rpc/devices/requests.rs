@@ -55,11 +55,30 @@ pub(super) fn member(user: &str) -> Result<Option<UserId>, Error> {
     UserId::parse(user).map(Some)
 }
 
+/// Whether a character changes how the text around it is shown: with such a character, a name could look like another one. The joiners
+/// U+200C and U+200D are permitted, because some scripts and emoji need them.
+fn is_deceptive(char: char) -> bool {
+    char.is_control()
+        || matches!(
+            char,
+            '\u{61c}'
+                | '\u{200b}'
+                | '\u{200e}'
+                | '\u{200f}'
+                | '\u{202a}'..='\u{202e}'
+                | '\u{2060}'..='\u{2064}'
+                | '\u{2066}'..='\u{2069}'
+                | '\u{feff}'
+        )
+}
+
 fn text(field: &'static str, text: String, bytes_max: usize) -> Result<String, Error> {
-    if (1..=bytes_max).contains(&text.len()) && !text.chars().any(char::is_control) {
+    if (1..=bytes_max).contains(&text.len()) && !text.chars().any(is_deceptive) {
         return Ok(text);
     }
-    let what = format!("1 to {bytes_max} bytes of UTF-8 without control characters");
+    let what = format!(
+        "1 to {bytes_max} bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text"
+    );
     Err(Error::violation(field, what))
 }
 
@@ -336,6 +355,23 @@ mod tests {
             }),
             access_request_id: Vec::new(),
             signature: Some(signed()),
+        }
+    }
+
+    #[test]
+    fn a_name_does_not_look_like_another_one() {
+        for good in ["Ada's laptop", "Büro 2", "👩\u{200d}💻", "می\u{200c}خواهم"] {
+            assert_eq!(device_name("name", good.to_owned()).unwrap(), good);
+        }
+        for bad in [
+            "laptop\u{202e}enohp",
+            "lap\u{200b}top",
+            "\u{2066}phone\u{2069}",
+            "\u{feff}phone",
+            "a\nb",
+            "",
+        ] {
+            assert!(device_name("name", bad.to_owned()).is_err(), "{bad:?}");
         }
     }
 

@@ -43,7 +43,8 @@ pub(super) enum Command {
     /// End the trust of a member's devices, and remove their encrypted keys (for the role `approver`)
     ///
     /// With `--all`, the broker also removes the rows of the member's devices that cannot be read or verified.
-    /// The user key of the member is not changed. A device whose trust was ended needs the approval of a request for access.
+    /// The user key of the member is not changed. While the member has a trusted device, a device whose trust was ended needs its
+    /// signature, or an approved request for access. Without a trusted device, an access token of the member is sufficient.
     Untrust(UntrustArguments),
 }
 

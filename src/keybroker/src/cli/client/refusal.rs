@@ -54,7 +54,7 @@ const OTHER_PERSON: &str =
     "the section `[approvals]` of the broker's configuration has the persons and their principals";
 
 /// The hint if an approver typed other words than those of the phrase.
-const OTHER_WORDS: &str = "ask the member again for the two words that the new device shows. If the member does not know about the request, or reads other \
+const OTHER_WORDS: &str = "ask the member again for the words that the new device shows. If the member does not know about the request, or reads other \
      words, deny the request with `keybroker device deny ID`";
 
 /// The two commands that make a change that waits for an approval.

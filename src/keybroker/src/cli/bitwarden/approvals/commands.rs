@@ -15,7 +15,6 @@ use crate::{
     config::Config,
 };
 use keybroker_audit::{AuditLog, Entry};
-use keybroker_bitwarden::FINGERPRINT_PHRASE_WORDS;
 use keybroker_core::organization::Guid;
 use keybroker_hsm::admin::{Admin, AdminError};
 use keybroker_store::tables::Tables;
@@ -238,7 +237,8 @@ fn wait<T>(work: impl Future<Output = T>) -> T {
     Handle::current().block_on(work)
 }
 
-/// Compares the phrase that the member read out. A person who only agrees to what is on the screen compares nothing.
+/// Compares the phrase that the member read out. A person who only agrees to what is on the screen compares nothing. All five words
+/// are compared: a key whose phrase has two given words is found with about 2^26 attempts.
 fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<(), Failure> {
     if approve.yes {
         return Ok(());
@@ -247,7 +247,8 @@ fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<()
     let refuse = |what: String| Err(Failure::new(Exit::Verification, what));
     let differs = || {
         refuse(format!(
-            "the phrase of request {} is another one: the request may come from another device. Nothing was approved",
+            "the words do not match the phrase of request {}; no request was approved. If you typed the words correctly, deny the \
+             request: it may come from another device",
             pending.id
         ))
     };
@@ -263,20 +264,17 @@ fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<()
         let what = "this command needs a confirmation: pass --phrase with the words that the member reads out, or --yes";
         return Err(Failure::new(Exit::Usage, what));
     }
-    let (first, second) = two_positions()?;
     context.output.note(&format!(
-        "Request {} of {} (member {}, {}). Ask the member for the phrase on the new device, and type words {} and {} of it:",
+        "Request {} of {} (member {}, {}). Call or meet the member, ask for the phrase that the new device shows, and type its five \
+         words:",
         pending.id,
         crate::cli::output::printable(&pending.email),
         pending.member,
         crate::cli::output::printable(&pending.device_type),
-        first + 1,
-        second + 1
     ));
     let mut line = String::new();
     let typed = io::stdin().read_line(&mut line);
-    let expected = [phrase.words()[first], phrase.words()[second]];
-    if typed.is_err() || words(&line) != expected {
+    if typed.is_err() || words(&line) != *phrase.words() {
         return differs();
     }
     Ok(())
@@ -291,17 +289,6 @@ fn words(text: &str) -> Vec<String> {
         [only] => keybroker_bitwarden::split_phrase(only),
         _ => by_space,
     }
-}
-
-/// Two different positions in a phrase, in order.
-fn two_positions() -> Result<(usize, usize), Failure> {
-    let mut bytes = [0; 2];
-    aws_lc_rs::rand::fill(&mut bytes)
-        .map_err(|_| Failure::new(Exit::Internal, "the random generator failed"))?;
-    let first = usize::from(bytes[0]) % FINGERPRINT_PHRASE_WORDS;
-    let other = usize::from(bytes[1]) % (FINGERPRINT_PHRASE_WORDS - 1);
-    let second = if other < first { other } else { other + 1 };
-    Ok((first.min(second), first.max(second)))
 }
 
 pub(super) fn deny(deny: &Deny, context: &Context) -> Result<(), Failure> {
@@ -355,13 +342,5 @@ mod tests {
             words("zoom-drop-down-yo-yo-t-shirt-felt-tip"),
             ["zoom", "drop-down", "yo-yo", "t-shirt", "felt-tip"]
         );
-    }
-
-    #[test]
-    fn two_different_positions_are_asked_for() {
-        for _ in 0..100 {
-            let (first, second) = two_positions().unwrap();
-            assert!(first < second && second < FINGERPRINT_PHRASE_WORDS);
-        }
     }
 }

@@ -24,7 +24,10 @@ use crate::{
 use keybroker_audit::AuditLog;
 use keybroker_core::{call::Timestamp, organization::Guid};
 use keybroker_hsm::admin::{Admin, AdminError};
-use keybroker_policy::device_approval::{DeviceApprovalPolicy, DeviceRequest, DeviceVerdict};
+use keybroker_policy::{
+    DEFAULT_DENY,
+    device_approval::{DeviceApprovalPolicy, DeviceRequest, DeviceVerdict},
+};
 use keybroker_store::tables::Tables;
 use keybroker_worker_protocol::PinSource;
 
@@ -233,11 +236,13 @@ impl Service<'_> {
                     "warning: cannot evaluate policy {policy}: {error}"
                 ));
             }
-            return Ok(Some(format!("policy {}", verdict.policy)));
+            return Ok(Some(why(&verdict)));
         }
         let slots = self.organization.settings.automatic_per_hour;
         if !pins.take_slot(slots).await? {
-            return Ok(Some("`automatic_per_hour` is reached".to_owned()));
+            return Ok(Some(format!(
+                "the limit `automatic_per_hour` ({slots}) is reached"
+            )));
         }
         let approved = match reviewed.release(pins.admin, self.organization, key) {
             Ok(approved) => approved,
@@ -257,7 +262,7 @@ impl Service<'_> {
         let Some(policy) = &self.rules.policy else {
             return DeviceVerdict {
                 approves: false,
-                policy: "none: there is no `policy_file`, or it cannot be used".to_owned(),
+                policy: String::new(),
                 errors: Vec::new(),
             };
         };
@@ -290,6 +295,15 @@ impl Service<'_> {
             self.noted.insert(id, what.to_owned());
         }
         self.output.note(what);
+    }
+}
+
+/// Why a request is not approved without a person.
+fn why(verdict: &DeviceVerdict) -> String {
+    match verdict.policy.as_str() {
+        "" => "no `policy_file` is configured, or the file is invalid".to_owned(),
+        DEFAULT_DENY => "no policy permits the approval".to_owned(),
+        policy => format!("policy {policy} forbids the approval"),
     }
 }
 

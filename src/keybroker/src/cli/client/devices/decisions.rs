@@ -143,7 +143,8 @@ impl Caller {
         self.output
             .note(&format!("\n    {}\n", large.replace(' ', "   ")));
         self.output
-            .note("Type the two missing words as the member reads them from the new device:");
+            .note("Call or meet the member, and let the member read all five words from the new device. If one of the three words above \
+                   differs, stop, and deny the request. Type the two missing words:");
         let mut line = String::new();
         io::stdin()
             .read_line(&mut line)

@@ -82,6 +82,7 @@ mod stopping;
 mod store_check;
 mod stored_clients;
 mod stored_columns;
+mod threads;
 mod tls;
 mod token_messages;
 mod token_states;

@@ -317,13 +317,14 @@ impl Plan {
         }
     }
 
-    /// Runs schedules on a new broker until no seed is left.
-    async fn run_on_a_broker(self, next: Arc<AtomicU64>, seen: Arc<Seen>) {
+    /// Runs schedules on a new broker until no seed is left. Returns the broker: at its end, the test searches its log for a long time, and
+    /// callers of another broker would wait meanwhile.
+    async fn run_on_a_broker(self, next: Arc<AtomicU64>, seen: Arc<Seen>) -> World {
         let mut world = World::start(seen).await;
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= self.first + self.schedules {
-                return;
+                return world;
             }
             let schedule = Schedule::of(seed);
             // Shown only when the test fails, with what the broker logged.
@@ -375,8 +376,9 @@ async fn no_schedule_of_faults_gives_a_wrong_key_or_a_call_without_an_answer() {
         brokers.spawn(plan.run_on_a_broker(Arc::clone(&next), Arc::clone(&seen)));
     }
     // A failed assertion ends the whole test at once, not only its broker.
+    let mut worlds = Vec::new();
     while let Some(ended) = brokers.join_next().await {
-        ended.unwrap();
+        worlds.push(ended.unwrap());
     }
     plan.publish(&seen, begun.elapsed());
     eprintln!(

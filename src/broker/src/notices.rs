@@ -189,6 +189,14 @@ impl Places {
         let places = members
             .entry(member)
             .or_insert_with(|| Arc::new(Semaphore::new(self.member_max)));
+        // An access token alone is enough to repeat these events, so they leave half of the places to the others.
+        let is_repeatable = matches!(
+            notice.event,
+            NoticeEvent::AccessRequested | NoticeEvent::AccessDenied
+        );
+        if is_repeatable && places.available_permits() <= self.member_max / 2 {
+            return None;
+        }
         let of_member = Arc::clone(places).try_acquire_owned().ok()?;
         Some([of_all, of_member])
     }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use keybroker_proto::{AccessRequest, AccessRequestState, DeviceState};
 
-use crate::{identity::now, tokens::ADA};
+use crate::{devices::member::CODE, identity::now, tokens::ADA};
 
 use super::site::{
     Answer, CAROL, ConsoleSite, LOGIN, SESSION, Visitor, approval, heard, path_of, token_of,
@@ -261,6 +261,11 @@ async fn to_withdraw_and_to_end_trust_needs_a_recent_authentication() {
         ];
         let answer = carol.post(path, &fields).await;
         assert_eq!(answer.status, StatusCode::FORBIDDEN, "{path}");
+        assert!(
+            answer.html.contains("Your last sign-in is too old"),
+            "{path}: {}",
+            answer.html
+        );
     }
     assert_eq!(ada.devices().await[0].state(), DeviceState::Trusted);
     let deny = format!("{}/deny", path_of(&pending));
@@ -290,6 +295,37 @@ async fn to_withdraw_and_to_end_trust_needs_a_recent_authentication() {
         StatusCode::SEE_OTHER,
         "{}",
         withdrawn.html
+    );
+}
+
+/// The token of a form is of the request, and not of its state.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_form_of_a_pending_request_withdraws_no_consumed_approval() {
+    let site = ConsoleSite::open();
+    let (ada, _) = site.ada().await;
+    let asked = site.request(&ada, 2).await;
+    site.identity.age_sign_ins(700);
+    let carol = Visitor::signed_in(&site, "carol").await;
+    let deny = format!("{}/deny", path_of(&asked));
+    let token = token_of(&carol.get(&deny).await.html, &deny);
+    site.identity.age_sign_ins(0);
+    let dave = Visitor::signed_in(&site, "dave").await;
+    let (html, of_dave) = dave.form(&asked).await;
+    let words = heard(&html, &asked);
+    let approve = format!("{}/approve", path_of(&asked));
+    let approved = dave.post(&approve, &approval(&words, &of_dave)).await;
+    assert_eq!(approved.status, StatusCode::SEE_OTHER, "{}", approved.html);
+    ada.fetches(&asked, CODE).await.unwrap();
+    ada.confirms(&asked).await.unwrap();
+    let late = carol.post(&deny, &[("token", &token)]).await;
+    assert!(
+        late.html.contains("Your last sign-in is too old"),
+        "{}",
+        late.html
+    );
+    assert_eq!(
+        ada.requests().await[0].state(),
+        AccessRequestState::Consumed
     );
 }
 

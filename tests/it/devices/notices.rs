@@ -236,8 +236,8 @@ async fn makes_25_events(broker: &Broker, service: &Identity, user: &str) {
 async fn a_receiver_that_hangs_delays_no_call_and_the_queue_is_bounded() {
     let (service, receiver) = (Identity::start(Options::default()), Receiver::start());
     receiver.always_answers(Answer::Hang(Duration::from_mins(1)));
-    // One member can take a tenth of the places.
-    let lines = "timeout_ms = 60000\nwaiting_max = 200";
+    // One member can take a tenth of the places, and half of them with requests.
+    let lines = "timeout_ms = 60000\nwaiting_max = 400";
     let broker = start(&service, &receiver.section(lines));
     makes_25_events(&broker, &service, ADA).await;
     // Four notices of the member are being sent, 16 wait.

@@ -15,6 +15,7 @@ use super::{
     Context, answer,
     answer::Failure,
     pages::{self, Refused},
+    sign_in,
     views::AccessRequest,
     visit::{Answer, Visit},
 };
@@ -110,11 +111,6 @@ fn approval(id: AccessRequestId) -> String {
     format!("approve {id}")
 }
 
-/// The address at which an approver signs in again and returns to a request.
-fn sign_in_for(id: AccessRequestId) -> String {
-    format!("/sign-in?request={id}")
-}
-
 fn denial(id: AccessRequestId) -> String {
     format!("deny {id}")
 }
@@ -122,7 +118,7 @@ fn denial(id: AccessRequestId) -> String {
 /// Approves a request with the two words that the approver heard from the member.
 pub(super) async fn approve(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
     visit.check_token(&approval(id))?;
-    visit.check_recent(context, &sign_in_for(id))?;
+    visit.check_recent(context, &sign_in::address(Some(id)))?;
     let words = WORDS.map(|name| visit.fields.value(name).trim().to_owned());
     let refused = refused_input(visit, &words);
     if refused.words.is_some() || refused.spoken.is_some() {
@@ -164,12 +160,13 @@ fn is_about_words(error: &Error) -> bool {
     error.reason() == Reason::Request && violations.any(|one| one.field == "phrase_words")
 }
 
-/// Asks for a confirmation, and then denies a request or withdraws an approval. To withdraw an approval can end the trust of a device, so
-/// it needs a recent sign-in. A denial of a pending request needs none, so that nothing delays it.
+/// Asks for a confirmation, and then denies a request or withdraws an approval. To withdraw an approval can end the trust of a device,
+/// also after the answer was consumed, so it needs a recent sign-in. A denial of a pending request needs none, so that nothing delays
+/// it.
 pub(super) async fn deny(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
     let request = found(context, visit, id).await?;
-    if request.is_deniable() && !request.is_pending() {
-        visit.check_recent(context, &sign_in_for(id))?;
+    if !request.is_pending() && (visit.is_form || request.is_deniable()) {
+        visit.check_recent(context, &sign_in::address(Some(id)))?;
     }
     if !visit.is_form {
         let page = pages::Deny {

@@ -13,7 +13,7 @@ use keybroker_core::{
 use super::{
     Context, answer,
     answer::Failure,
-    pages,
+    pages, sign_in,
     views::Device,
     visit::{Answer, Visit},
 };
@@ -98,7 +98,7 @@ impl Chosen {
 /// Asks for a confirmation, and then ends the trust of devices. This needs a recent sign-in, as an approval does.
 pub(super) async fn end_trust(context: &Context, visit: &Visit) -> Answer {
     let chosen = Chosen::read(visit).map_err(|error| visit.failure(&error))?;
-    visit.check_recent(context, "/sign-in")?;
+    visit.check_recent(context, &sign_in::address(None))?;
     if !visit.is_form {
         return confirm(context, visit, &chosen, None).await;
     }

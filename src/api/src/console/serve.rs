@@ -146,10 +146,7 @@ impl Context {
 
 /// The answer to a browser without a session, or whose session has ended.
 fn signed_out(place: Place, is_form: bool) -> Answer {
-    let link = match place.request() {
-        Some(id) => format!("/sign-in?request={id}"),
-        None => "/sign-in".to_owned(),
-    };
+    let link = sign_in::address(place.request());
     if !is_form {
         return Ok(answer::page(StatusCode::OK, &pages::SignIn { link }));
     }

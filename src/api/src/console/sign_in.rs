@@ -29,6 +29,14 @@ use super::{
 /// Longest code that is sent to the provider, in bytes.
 const CODE_BYTES_MAX: usize = 4 * 1_024;
 
+/// The address at which a sign-in begins, which leads back to a request.
+pub(super) fn address(request: Option<AccessRequestId>) -> String {
+    match request {
+        Some(id) => format!("/sign-in?request={id}"),
+        None => "/sign-in".to_owned(),
+    }
+}
+
 /// Sends the browser to the provider. With a session, the provider must ask for the credentials again.
 pub(super) async fn begin(
     context: &Context,
@@ -59,7 +67,7 @@ pub(super) async fn begin(
         started: Instant::now(),
     };
     let cookie = context.logins.keep(login);
-    let cookie = cookie.map_err(|error| Failure::of(&error, call.id))?;
+    let cookie = cookie.map_err(|error| refused(context, caller, call, &error))?;
     let mut response = answer::see_other(&url);
     let headers = response.headers_mut();
     headers.append(header::SET_COOKIE, Cookie::Login.set(&cookie));
@@ -86,12 +94,13 @@ pub(super) async fn finish(
         return Err(again("The provider did not sign you in."));
     }
     let principal = signed_in(context, &login, &fields).await;
-    let principal = principal.map_err(|error| match error.reason() {
-        Reason::Credential => {
-            refused(context, caller, call, &error);
-            again("The broker does not accept the answer of the provider. The operator finds the reason in the broker's log.")
+    let principal = principal.map_err(|error| {
+        let failure = refused(context, caller, call, &error);
+        if error.reason() == Reason::Credential {
+            return again("The broker does not accept the answer of the provider. The operator finds the reason in the broker's log.");
         }
-        _ => refused(context, caller, call, &error),
+        // The code of this sign-in is gone, so the browser must begin again and not repeat the address.
+        failure.with_link(address(login.request), "Sign in again")
     })?;
     check_role(context, &principal, call).await?;
     if let Some(replaced) = &login.replaces {
@@ -166,7 +175,7 @@ async fn check_role(
     let text = "The provider signed you in, but you do not have the role of an approver. Ask the operator of Keybroker for the \
                 role.";
     let failure = Failure::new(StatusCode::FORBIDDEN, "You are not an approver", text);
-    Err(failure.with_link("/sign-in".to_owned(), "Sign in as another person"))
+    Err(failure.with_link(address(None), "Sign in as another person"))
 }
 
 /// Ends the session.
@@ -179,7 +188,7 @@ pub(super) fn sign_out(context: &Context, visit: &Visit) -> Answer {
         "You can still be signed in at the provider. On a computer that other people use, sign out there, too.",
     );
     message.link = pages::Link {
-        address: "/sign-in".to_owned(),
+        address: address(None),
         text: "Sign in",
     };
     let mut response = answer::page(StatusCode::OK, &message);
@@ -196,7 +205,7 @@ fn query(head: &Parts) -> Fields {
 /// failed attempts: otherwise, a caller could prevent the sign-ins of approvers who have the same address.
 fn without_login(context: &Context, caller: &Caller, call: &Call) -> Box<Failure> {
     if let Err(error) = context.limits.check_address(caller.peer().ip()) {
-        return Failure::of(&error, call.id);
+        return refused(context, caller, call, &error);
     }
     let error = Error::new(
         Reason::Credential,
@@ -216,10 +225,10 @@ fn refused(context: &Context, caller: &Caller, call: &Call, error: &Error) -> Bo
         // The call is refused already. The limit takes effect on later calls.
         context.limits.fail_address(peer.ip()).ok();
     }
-    Failure::of(error, call.id).with_link("/sign-in".to_owned(), "Sign in again")
+    Failure::of(error, call.id).with_link(address(None), "Sign in again")
 }
 
 fn again(text: &str) -> Box<Failure> {
     let failure = Failure::new(StatusCode::FORBIDDEN, "You are not signed in", text);
-    failure.with_link("/sign-in".to_owned(), "Sign in again")
+    failure.with_link(address(None), "Sign in again")
 }

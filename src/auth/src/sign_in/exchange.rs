@@ -58,14 +58,15 @@ fn problem(url: &str, answer: &FormAnswer) -> Error {
 }
 
 /// Whether an answer is a failed attempt of the caller, who chooses the code. Providers refuse a malformed code with different
-/// errors, so every refusal counts that names neither the credentials of the broker nor an overload of the provider.
+/// errors, so every refusal counts that names neither the credentials of the broker nor an overload of the provider. A token endpoint
+/// answers with status 401 only about the credentials of its client (RFC 6749, section 5.2).
 fn is_of_caller(status: StatusCode, error: &str) -> bool {
-    let is_overload = matches!(
+    let is_other = matches!(
         status,
-        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS
+        StatusCode::UNAUTHORIZED | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS
     );
     let is_of_broker = matches!(error, "invalid_client" | "unauthorized_client");
-    status.is_client_error() && !is_overload && !is_of_broker
+    status.is_client_error() && !is_other && !is_of_broker
 }
 
 #[cfg(test)]
@@ -111,6 +112,7 @@ mod tests {
         for (status, body) in [
             (400, r#"{"error": "invalid_client"}"#),
             (401, r#"{"error": "invalid_client"}"#),
+            (401, ""),
             (400, r#"{"error": "unauthorized_client"}"#),
             (408, ""),
             (429, r#"{"error": "invalid_request"}"#),

@@ -246,25 +246,31 @@ impl Broker {
         action: Action,
         id: AccessRequestId,
     ) -> Result<AccessRow, Error> {
-        let found = async {
-            self.check_acknowledged()?;
-            let row = within(call, self.store.access_request(id)).await?;
-            let is_shown = |row: &AccessRow| {
-                let address = &row.device.address;
-                let is_own = principal.subject() == Some(&address.user);
-                address.tenant == *principal.tenant()
-                    && (is_own || principal.kind() == Kind::Service)
-            };
-            row.filter(is_shown)
-                .ok_or_else(|| unknown("access_request_id"))
-        };
-        match found.await {
+        match self.stored_request(principal, call, id).await {
             Ok(row) => Ok(row),
             Err(error) => {
                 let draft = Draft::new(principal, call, action);
                 self.or_record(&draft, Err(error)).await
             }
         }
+    }
+
+    /// Reads a request, without an audit entry if it is not found.
+    pub(super) async fn stored_request(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: AccessRequestId,
+    ) -> Result<AccessRow, Error> {
+        self.check_acknowledged()?;
+        let row = within(call, self.store.access_request(id)).await?;
+        let is_shown = |row: &AccessRow| {
+            let address = &row.device.address;
+            let is_own = principal.subject() == Some(&address.user);
+            address.tenant == *principal.tenant() && (is_own || principal.kind() == Kind::Service)
+        };
+        row.filter(is_shown)
+            .ok_or_else(|| unknown("access_request_id"))
     }
 }
 

@@ -125,8 +125,8 @@ pub(super) fn phrase(row: &AccessRow) -> FingerprintPhrase {
     FingerprintPhrase::new(row.device.address.user.as_str(), &row.public_key)
 }
 
-/// The places of the two words that an approver types. They depend on the MAC of the access code, which nobody outside the broker
-/// knows: a person who knew the places could make a key whose phrase has the right words there, with about 2^26 attempts.
+/// The places of the two words that an approver types. They depend on the MAC of the access code, which only the broker and readers of
+/// the database know: a person who knew the places could make a key whose phrase has the right words there, with about 2^26 attempts.
 pub(super) fn hidden_words(code: &Mac) -> [usize; 2] {
     let [first, second, ..] = *code;
     let first = usize::from(first) % FINGERPRINT_PHRASE_WORDS;
@@ -233,19 +233,8 @@ impl Broker {
         call: &Call,
         page: impl Into<AccessPage>,
     ) -> Result<AccessList, Error> {
-        let (action, page) = (Action::ListAccess, page.into());
-        Box::pin(observed(action, call, async {
-            self.check_admission(&caller(principal, call), principal, call, action)
-                .await?;
-            let list = async {
-                let draft = self.begin_list(principal, call).await?;
-                let listed = self.listed_requests(principal, call, page).await;
-                self.conclude(draft, listed).await.map(Recorded::into_inner)
-            };
-            let entered = self.enter(principal, call, action).await?;
-            entered.run(Box::pin(list)).await
-        }))
-        .await
+        let listed = self.listed_requests(principal, call, page.into());
+        self.read_requests(principal, call, listed).await
     }
 
     /// Returns the latest decisions about requests for access: those of the principal, or for an approver those of the users whom the
@@ -256,19 +245,8 @@ impl Broker {
         call: &Call,
         limit: u32,
     ) -> Result<AccessList, Error> {
-        let action = Action::ListAccess;
-        Box::pin(observed(action, call, async {
-            self.check_admission(&caller(principal, call), principal, call, action)
-                .await?;
-            let list = async {
-                let draft = self.begin_list(principal, call).await?;
-                let listed = self.listed_decisions(principal, call, limit).await;
-                self.conclude(draft, listed).await.map(Recorded::into_inner)
-            };
-            let entered = self.enter(principal, call, action).await?;
-            entered.run(Box::pin(list)).await
-        }))
-        .await
+        let listed = self.listed_decisions(principal, call, limit);
+        self.read_requests(principal, call, listed).await
     }
 
     /// Returns one request for access: of the principal, or for an approver of a user whom the configuration names.
@@ -278,18 +256,31 @@ impl Broker {
         call: &Call,
         id: AccessRequestId,
     ) -> Result<AccessView, Error> {
+        let shown = async {
+            let row = self.stored_request(principal, call, id).await?;
+            self.shown_request(principal, call, row).await
+        };
+        self.read_requests(principal, call, shown).await
+    }
+
+    /// Reads requests for access, if the policy permits it, and records the outcome.
+    async fn read_requests<T>(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        read: impl Future<Output = Result<T, Error>> + Send,
+    ) -> Result<T, Error> {
         let action = Action::ListAccess;
         Box::pin(observed(action, call, async {
             self.check_admission(&caller(principal, call), principal, call, action)
                 .await?;
-            let read = async {
+            let recorded = async {
                 let draft = self.begin_list(principal, call).await?;
-                let row = self.found_request(principal, call, action, id).await?;
-                let shown = self.shown_request(principal, call, row).await;
-                self.conclude(draft, shown).await.map(Recorded::into_inner)
+                let result = Box::pin(read).await;
+                self.conclude(draft, result).await.map(Recorded::into_inner)
             };
             let entered = self.enter(principal, call, action).await?;
-            entered.run(Box::pin(read)).await
+            entered.run(Box::pin(recorded)).await
         }))
         .await
     }
@@ -316,15 +307,9 @@ impl Broker {
         if !covers(principal, &row) {
             return Err(super::unknown("access_request_id"));
         }
-        let token = caller(principal, call);
-        let verified = self.verify_access(&token, &row);
-        let (is_verified, is_altered) = listed(row.signer, &mut BTreeSet::new(), verified).await;
-        Ok(AccessView {
-            is_verified,
-            is_altered,
-            ..self.access_view(row)
-        }
-        .for_principal(principal))
+        let mut viewed = self.viewed(principal, call, [Ok(row)]).await;
+        let view = viewed.requests.pop();
+        view.ok_or_else(|| super::unknown("access_request_id"))
     }
 
     async fn listed_requests(

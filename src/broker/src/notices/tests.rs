@@ -65,6 +65,24 @@ fn one_member_cannot_fill_the_queue() {
     assert_eq!(users(&taken(&mut waiting)), ["ada"]);
 }
 
+/// A person with an access token of a member cannot fill the places of the member with requests, and so prevent the notice that the
+/// member needs.
+#[test]
+fn requests_leave_places_for_the_other_notices_of_a_member() {
+    let (queue, mut waiting) = NoticeQueue::new(NoticeEvent::ALL.into(), NOTICES_MAX);
+    for _ in 0..NOTICES_MAX {
+        queue.offer(notice("ada", NoticeEvent::AccessRequested));
+        queue.offer(notice("ada", NoticeEvent::AccessDenied));
+    }
+    let queued = taken(&mut waiting);
+    assert_eq!(queued.len(), 5);
+    for _ in 0..NOTICES_MAX {
+        queue.offer(notice("ada", NoticeEvent::DeviceTrusted));
+    }
+    let others = taken(&mut waiting);
+    assert_eq!(others.len(), 5);
+}
+
 #[test]
 fn the_queue_is_bounded_until_deliveries_end() {
     let (queue, mut waiting) = NoticeQueue::new(NoticeEvent::ALL.into(), 2);

@@ -55,29 +55,40 @@ pub(super) fn member(user: &str) -> Result<Option<UserId>, Error> {
     UserId::parse(user).map(Some)
 }
 
-/// Whether a character changes how the text around it is shown: with such a character, a name could look like another one. The joiners
-/// U+200C and U+200D are permitted, because some scripts and emoji need them.
+/// Whether a character is invisible, or changes how the text around it is shown. The joiners U+200C and U+200D are permitted, because some
+/// scripts and emoji need them.
 fn is_deceptive(char: char) -> bool {
     char.is_control()
         || matches!(
             char,
-            '\u{61c}'
+            '\u{ad}'
+                | '\u{34f}'
+                | '\u{61c}'
+                | '\u{115f}'
+                | '\u{1160}'
+                | '\u{180e}'
                 | '\u{200b}'
                 | '\u{200e}'
                 | '\u{200f}'
-                | '\u{202a}'..='\u{202e}'
-                | '\u{2060}'..='\u{2064}'
-                | '\u{2066}'..='\u{2069}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{2800}'
+                | '\u{3164}'
                 | '\u{feff}'
+                | '\u{ffa0}'
+                | '\u{fff9}'..='\u{fffb}'
+                | '\u{e0000}'..='\u{e007f}'
         )
 }
 
 fn text(field: &'static str, text: String, bytes_max: usize) -> Result<String, Error> {
-    if (1..=bytes_max).contains(&text.len()) && !text.chars().any(is_deceptive) {
+    let is_plain = text.trim() == text && !text.chars().any(is_deceptive);
+    if (1..=bytes_max).contains(&text.len()) && is_plain {
         return Ok(text);
     }
     let what = format!(
-        "1 to {bytes_max} bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text"
+        "1 to {bytes_max} bytes of UTF-8, without spaces at the ends, control characters, invisible characters and characters that \
+         change the direction of text"
     );
     Err(Error::violation(field, what))
 }
@@ -359,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_does_not_look_like_another_one() {
+    fn a_name_has_no_characters_that_change_how_it_is_shown() {
         for good in ["Ada's laptop", "Büro 2", "👩\u{200d}💻", "می\u{200c}خواهم"] {
             assert_eq!(device_name("name", good.to_owned()).unwrap(), good);
         }
@@ -369,6 +380,10 @@ mod tests {
             "\u{2066}phone\u{2069}",
             "\u{feff}phone",
             "a\nb",
+            "lap\u{ad}top",
+            "\u{3164}",
+            " phone",
+            "phone ",
             "",
         ] {
             assert!(device_name("name", bad.to_owned()).is_err(), "{bad:?}");

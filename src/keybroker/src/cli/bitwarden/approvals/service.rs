@@ -303,6 +303,9 @@ fn why(verdict: &DeviceVerdict) -> String {
     match verdict.policy.as_str() {
         "" => "no `policy_file` is configured, or the file is invalid".to_owned(),
         DEFAULT_DENY => "no policy permits the approval".to_owned(),
+        policy if verdict.errors.iter().any(|(broken, _)| broken == policy) => {
+            format!("policy {policy} cannot be evaluated")
+        }
         policy => format!("policy {policy} forbids the approval"),
     }
 }

@@ -12,6 +12,7 @@ token() {
   local module
   for module in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so; do [[ -e $module ]] && break; done
   MODULE=$module
+  ENVIRONMENT="SOFTHSM2_CONF = \"$WORK/softhsm2.conf\""
   scripts/dev-ca.sh "$WORK/pki" load
   mkdir "$WORK/tokens"
   sed "s|@TOKENS@|$WORK/tokens|" softhsm/softhsm2.conf.template >"$WORK/softhsm2.conf"
@@ -20,7 +21,8 @@ token() {
 }
 
 # Creates a configuration, a token and a wrapping key in the folder $2. The label of the token begins with $1. $3 is the URL of
-# the database, $4 the length of the wrapping key (2048 by default), $5 its purpose (plain by default).
+# the database, $4 the length of the wrapping key (2048 by default), $5 its purpose (plain by default). MODULE is the PKCS#11
+# module, and ENVIRONMENT the line of its environment variable.
 site() {
   local engine=$1 name=$2 url=$3 bits=${4:-2048} said
   rm -rf "${WORK:?}/$name"
@@ -32,7 +34,7 @@ label = "$engine-$name"
 pin_file = "$WORK/pin"
 allow_oaep_sha1 = true
 [token.environment]
-SOFTHSM2_CONF = "$WORK/softhsm2.conf"
+$ENVIRONMENT
 [store]
 url = "$url"
 $(! declare -F socket_users >/dev/null || socket_users)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Repeats all measurements of docs/performance.md: every scenario of `keybroker bench` with SoftHSM and SQLite in a temporary
-# folder, overload on a token that takes 20 ms longer for each unwrap, and three simulated devices. Writes the JSON documents
-# and the charts to docs/performance, and the tables to docs/performance.md. Takes about twenty minutes, without the build.
+# folder, plain and sealed releases with SoftHSM and Kryoptic, overload on a token that takes 20 ms longer for each unwrap, and
+# three simulated devices. Writes the JSON documents and the charts to docs/performance, and the tables to docs/performance.md.
+# Takes about twenty minutes, without the build.
 #
 # Usage: performance.sh [--seconds COUNT] [--members COUNT] [--largest COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
 #                       [--commit ID] [PROGRAM]
@@ -32,8 +33,9 @@ STORM_SECONDS=60
 # Idle connections of each API. The configuration of this script permits that many.
 IDLE=4000
 SLOW_MS=20
-NAMES=(steady-2048 steady-2048-long steady-2048-sealed steady-3072 steady-4096 open overload overload-4096 overload-slow fairness-slow
-  connections storm storm-largest restart device-lanes device-lanes-load device-busy device-busy-load device-sessions-load)
+NAMES=(steady-2048 steady-2048-long steady-3072 steady-4096 release-softhsm-{plain,sealed} release-kryoptic-{plain,sealed} open overload
+  overload-4096 overload-slow fairness-slow connections storm storm-largest restart device-lanes device-lanes-load device-busy
+  device-busy-load device-sessions-load)
 
 PROGRAM=
 SCRIPTABLE_MODULE=
@@ -111,8 +113,28 @@ measure() {
   install -m 644 "$WORK/result.json" "$RESULTS/$name.json"
 }
 
+# Measures plain or sealed releases ($1) with SoftHSM and with Kryoptic. Threads of one process use Kryoptic one after another,
+# so each worker has one session.
+release_form() {
+  local form=$1
+  if wanted "release-softhsm-$form"; then
+    site performance "softhsm-$form" "sqlite:$WORK/softhsm-$form/keybroker.db" 2048 "$form"
+    extend "softhsm-$form"
+    measure "release-softhsm-$form" "softhsm-$form" steady
+  fi
+  if wanted "release-kryoptic-$form"; then
+    # The module is beside its token, because the folder of the build can be writable for others.
+    local MODULE=$WORK/kryoptic.so ENVIRONMENT="KRYOPTIC_CONF = \"$WORK/kryoptic-$form.sql\""
+    install -m 700 "$(scripts/kryoptic.sh)" "$MODULE"
+    site performance "kryoptic-$form" "sqlite:$WORK/kryoptic-$form/keybroker.db" 2048 "$form"
+    extend "kryoptic-$form"
+    sed -i "s|^\[token\]|&\nworkers = 2\nsessions_per_worker = 1|" "$WORK/kryoptic-$form/keybroker.toml"
+    measure "release-kryoptic-$form" "kryoptic-$form" steady
+  fi
+}
+
 measure_all() {
-  local bits seconds=$SECONDS_EACH
+  local bits form seconds=$SECONDS_EACH
   token
   scripts/dev-ca.sh "$WORK/pki" light
   for bits in 2048 3072 4096; do
@@ -126,11 +148,7 @@ measure_all() {
     measure steady-2048-long rsa-2048 steady
     SECONDS_EACH=$seconds
   fi
-  if wanted steady-2048-sealed; then
-    site performance sealed-2048 "sqlite:$WORK/sealed-2048/keybroker.db" 2048 sealed
-    extend sealed-2048
-    measure steady-2048-sealed sealed-2048 steady
-  fi
+  for form in plain sealed; do release_form "$form"; done
   measure open rsa-2048 open
   measure overload rsa-2048 overload
   measure overload-4096 rsa-4096 overload

@@ -42,7 +42,10 @@ fn an_approved_device_gets_the_user_key_and_nothing_else_does() {
 
     let wrong = desk.run(&["approve", &request, "--phrase", "zoom-zoom-zoom-zoom-zoom"]);
     assert_eq!(wrong.code, Some(12), "{wrong:#?}");
-    assert!(wrong.stderr.contains("Nothing was approved"), "{wrong:#?}");
+    assert!(
+        wrong.stderr.contains("no request was approved"),
+        "{wrong:#?}"
+    );
     let silent = desk.run(&["approve", &request]);
     assert_eq!(silent.code, Some(2), "{silent:#?}");
     assert_eq!(desk.server.decisions(), []);

@@ -304,11 +304,12 @@ async fn the_form_of_a_pending_request_withdraws_no_consumed_approval() {
     let site = ConsoleSite::open();
     let (ada, _) = site.ada().await;
     let asked = site.request(&ada, 2).await;
-    site.identity.age_sign_ins(700);
     let carol = Visitor::signed_in(&site, "carol").await;
+    site.identity.age_sign_ins(700);
+    carol.page.lock().unwrap().clear();
+    carol.sign_in("/sign-in", "carol").await;
     let deny = format!("{}/deny", path_of(&asked));
     let token = token_of(&carol.get(&deny).await.html, &deny);
-    site.identity.age_sign_ins(0);
     let dave = Visitor::signed_in(&site, "dave").await;
     let (html, of_dave) = dave.form(&asked).await;
     let words = heard(&html, &asked);

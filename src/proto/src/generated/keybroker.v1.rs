@@ -4140,10 +4140,12 @@ pub struct EstablishTrustRequest {
     /// 16 bytes, chosen by the device.
     #[prost(bytes = "vec", tag = "1")]
     pub device_id: ::prost::alloc::vec::Vec<u8>,
-    /// 1 to 128 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
+    /// 1 to 128 bytes of UTF-8, without spaces at the ends, control characters, invisible characters and characters that change the
+    /// direction of text.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
-    /// 1 to 64 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
+    /// 1 to 64 bytes of UTF-8, without spaces at the ends, control characters, invisible characters and characters that change the
+    /// direction of text.
     #[prost(string, tag = "3")]
     pub r#type: ::prost::alloc::string::String,
     /// The public key of the signatures of the device: 32 bytes of Ed25519, or an uncompressed point of P-256 with 65 bytes.
@@ -4215,7 +4217,8 @@ pub struct RenameDeviceRequest {
     /// 16 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub device_id: ::prost::alloc::vec::Vec<u8>,
-    /// 1 to 128 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
+    /// 1 to 128 bytes of UTF-8, without spaces at the ends, control characters, invisible characters and characters that change the
+    /// direction of text.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
 }
@@ -4318,10 +4321,12 @@ pub struct CreateAccessRequestRequest {
     /// 16 bytes, chosen by the device.
     #[prost(bytes = "vec", tag = "1")]
     pub device_id: ::prost::alloc::vec::Vec<u8>,
-    /// 1 to 128 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
+    /// 1 to 128 bytes of UTF-8, without spaces at the ends, control characters, invisible characters and characters that change the
+    /// direction of text.
     #[prost(string, tag = "2")]
     pub device_name: ::prost::alloc::string::String,
-    /// 1 to 64 bytes of UTF-8 without control characters, invisible spaces and characters that change the direction of text.
+    /// 1 to 64 bytes of UTF-8, without spaces at the ends, control characters, invisible characters and characters that change the
+    /// direction of text.
     #[prost(string, tag = "3")]
     pub device_type: ::prost::alloc::string::String,
     /// The public key of the signatures of the device, as in EstablishTrust.
@@ -4861,7 +4866,8 @@ pub mod device_service_client {
                 .insert(GrpcMethod::new("keybroker.v1.DeviceService", "RotateDevices"));
             self.inner.unary(req, path, codec).await
         }
-        /// Asks for the user key for a new device of the caller. The request replaces a pending request of the same device.
+        /// Asks for the user key for a new device of the caller. The request replaces a pending request of the same device,
+        /// which has the same verification key.
         pub async fn create_access_request(
             &mut self,
             request: impl tonic::IntoRequest<super::CreateAccessRequestRequest>,
@@ -5128,7 +5134,8 @@ pub mod device_service_server {
             tonic::Response<super::RotateDevicesResponse>,
             tonic::Status,
         >;
-        /// Asks for the user key for a new device of the caller. The request replaces a pending request of the same device.
+        /// Asks for the user key for a new device of the caller. The request replaces a pending request of the same device,
+        /// which has the same verification key.
         async fn create_access_request(
             &self,
             request: tonic::Request<super::CreateAccessRequestRequest>,

@@ -243,23 +243,24 @@ fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<()
     if approve.yes {
         return Ok(());
     }
-    let phrase = pending.phrase();
-    let refuse = |what: String| Err(Failure::new(Exit::Verification, what));
-    let differs = || {
-        refuse(format!(
-            "the words do not match the phrase of request {}; no request was approved. If you typed the words correctly, deny the \
-             request: it may come from another device",
-            pending.id
-        ))
+    let heard = match &approve.phrase {
+        Some(heard) => words(heard),
+        None => words(&typed(context, pending)?),
     };
-    if let Some(heard) = &approve.phrase {
-        let heard: Vec<String> = words(heard);
-        return if heard == *phrase.words() {
-            Ok(())
-        } else {
-            differs()
-        };
+    if heard == *pending.phrase().words() {
+        return Ok(());
     }
+    let what = format!(
+        "the words do not match the phrase of request {}; no request was approved",
+        pending.id
+    );
+    let hint =
+        "if you typed the words correctly, deny the request: it may come from another device";
+    Err(Failure::new(Exit::Verification, what).hint(hint))
+}
+
+/// Asks for the phrase of a request at the terminal.
+fn typed(context: &Context, pending: &Pending) -> Result<String, Failure> {
     if !io::stdin().is_terminal() {
         let what = "this command needs a confirmation: pass --phrase with the words that the member reads out, or --yes";
         return Err(Failure::new(Exit::Usage, what));
@@ -273,11 +274,9 @@ fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<()
         crate::cli::output::printable(&pending.device_type),
     ));
     let mut line = String::new();
-    let typed = io::stdin().read_line(&mut line);
-    if typed.is_err() || words(&line) != *phrase.words() {
-        return differs();
-    }
-    Ok(())
+    // Without input, the words do not match.
+    let _read = io::stdin().read_line(&mut line);
+    Ok(line)
 }
 
 /// The words of a phrase as a person typed them. Four words of the list contain a hyphen, so hyphens separate words only if there

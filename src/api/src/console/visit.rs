@@ -1,4 +1,6 @@
 //! A request of an approver who signed in.
+//!
+//! Mitigation: M30 of `THREAT_MODEL.md`.
 
 use axum::{
     body::Body,

@@ -1,4 +1,6 @@
 //! The answer of the token endpoint: an ID token, or an error whose cause is the caller, the broker or the provider.
+//!
+//! Mitigation: M30 of `THREAT_MODEL.md`.
 
 use reqwest::StatusCode;
 use serde::Deserialize;

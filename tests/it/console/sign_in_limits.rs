@@ -35,12 +35,12 @@ fn answer_with(status: u16, body: &str) -> ProviderAnswer {
 #[tokio::test(flavor = "multi_thread")]
 async fn forged_answers_do_not_lock_out_approvers_of_the_same_address() {
     let site = ConsoleSite::open().with_failures_per_minute(FAILURES);
-    let (carol, stranger) = (Visitor::new(&site), Visitor::new(&site));
+    let (carol, guest) = (Visitor::new(&site), Visitor::new(&site));
     let callback = carol.authorize("/sign-in", "carol").await;
-    assert_eq!(forge(&stranger).await.status, StatusCode::FORBIDDEN);
-    let mut limited = forge(&stranger).await;
+    assert_eq!(forge(&guest).await.status, StatusCode::FORBIDDEN);
+    let mut limited = forge(&guest).await;
     for _ in 0..4 * FAILURES {
-        limited = forge(&stranger).await;
+        limited = forge(&guest).await;
     }
     assert_eq!(limited.status, StatusCode::TOO_MANY_REQUESTS);
     assert!(
@@ -60,17 +60,17 @@ async fn forged_answers_do_not_lock_out_approvers_of_the_same_address() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_code_counts_as_a_failed_attempt_whatever_the_provider_calls_it() {
     let site = ConsoleSite::open().with_failures_per_minute(FAILURES);
-    let stranger = Visitor::new(&site);
+    let guest = Visitor::new(&site);
     site.identity.answer(
         TOKEN,
         Some(answer_with(400, r#"{"error": "invalid_request"}"#)),
     );
     for _ in 0..2 * FAILURES {
-        let answer = guess(&stranger, &site).await;
+        let answer = guess(&guest, &site).await;
         assert_eq!(answer.status, StatusCode::FORBIDDEN, "{}", answer.html);
-        assert!(!stranger.page.lock().unwrap().contains_key(SESSION));
+        assert!(!guest.page.lock().unwrap().contains_key(SESSION));
     }
-    let answer = forge(&stranger).await;
+    let answer = forge(&guest).await;
     assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
     site.identity.answer(TOKEN, None);
     Visitor::signed_in(&site, "carol").await;
@@ -105,11 +105,11 @@ async fn faults_of_the_provider_and_of_the_broker_count_as_no_attempt() {
 async fn the_exchanges_of_a_network_are_limited_but_not_those_of_a_session() {
     let site = ConsoleSite::open();
     let carol = Visitor::signed_in(&site, "carol").await;
-    let stranger = Visitor::new(&site);
+    let guest = Visitor::new(&site);
     let mut limited = None;
     // The limit is 120 in a minute. A slow machine can begin a second minute on the way.
     for _ in 0..400 {
-        let answer = guess(&stranger, &site).await;
+        let answer = guess(&guest, &site).await;
         if answer.status == StatusCode::TOO_MANY_REQUESTS {
             limited = Some(answer);
             break;

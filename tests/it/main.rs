@@ -82,7 +82,6 @@ mod stopping;
 mod store_check;
 mod stored_clients;
 mod stored_columns;
-mod threads;
 mod tls;
 mod token_messages;
 mod token_states;

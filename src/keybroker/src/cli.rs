@@ -18,6 +18,7 @@ use crate::{
 use keybroker_core::{error::chain, hardening};
 use keybroker_pkcs11 as pkcs11;
 use keybroker_worker_protocol::check_environment;
+use tokio::runtime::Runtime;
 
 mod admins;
 mod audit;
@@ -288,15 +289,18 @@ fn finish(context: &Context, result: Result<(), Failure>) -> ExitCode {
 /// the default of ten seconds, little regular work would keep all threads of a short peak.
 const BLOCKING_THREAD_KEPT: Duration = Duration::from_secs(1);
 
-/// Runs a future on a new runtime with one thread for every two cores. The workers need the other cores, and fewer threads mean
-/// fewer wake-ups for each call.
-fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+/// Returns a new runtime with one thread for every two cores. The workers need the other cores, and fewer threads mean fewer wake-ups
+/// for each call.
+fn runtime() -> Result<Runtime, Failure> {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.div_ceil(2))
         .thread_keep_alive(BLOCKING_THREAD_KEPT)
         .enable_all()
         .build()
-        .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))?;
-    Ok(runtime.block_on(work))
+        .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    Ok(runtime()?.block_on(work))
 }

@@ -1,6 +1,10 @@
 //! Compares the command line with its documentation, and tests its general rules.
 
-use std::{collections::BTreeSet, fs, process};
+use std::{
+    collections::BTreeSet,
+    fs, process,
+    sync::{Arc, Barrier},
+};
 
 use clap::{Arg, ArgAction, CommandFactory as _};
 use clap_complete::Shell;
@@ -203,4 +207,45 @@ fn a_panic_has_an_exit_code_of_the_table() {
     assert_eq!(failure.exit, Exit::Internal);
     assert!(!format!("{failure:?}").contains("secret"), "{failure:?}");
     assert!(without_panic(|| Ok(())).is_ok());
+}
+
+/// Pieces of blocking work in a peak. Each waits for all others, so each needs a thread.
+const PEAK: usize = 40;
+/// Pause between the pieces of the regular work after the peak.
+const PAUSE: Duration = Duration::from_millis(250);
+/// Pieces of the regular work: fifteen seconds.
+const PIECES_MAX: usize = 60;
+/// Threads that the regular work keeps.
+const REGULAR: usize = 6;
+
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// The runtime gives blocking work to its threads in turn. If a thread waited long for more work, little regular work would keep all
+/// threads of a peak for ever.
+#[test]
+fn the_threads_of_a_peak_end() {
+    let runtime = runtime().unwrap();
+    let before = threads();
+    let all = Arc::new(Barrier::new(PEAK));
+    runtime.block_on(async {
+        let peak: Vec<_> = (0..PEAK)
+            .map(|_| {
+                let all = Arc::clone(&all);
+                tokio::task::spawn_blocking(move || all.wait())
+            })
+            .collect();
+        for piece in peak {
+            piece.await.unwrap();
+        }
+        for _ in 0..PIECES_MAX {
+            tokio::time::sleep(PAUSE).await;
+            tokio::task::spawn_blocking(|| ()).await.unwrap();
+            if threads() <= before + REGULAR {
+                return;
+            }
+        }
+        panic!("{before} threads before the peak, {} after it", threads());
+    });
 }

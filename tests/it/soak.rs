@@ -273,7 +273,7 @@ fn threads(pid: u32) -> Option<BTreeMap<String, u64>> {
 
 impl Sample {
     fn json(&self) -> Value {
-        let workers: Vec<Value> = self.workers.iter().map(|worker| worker.json()).collect();
+        let workers: Vec<Value> = self.workers.iter().map(Process::json).collect();
         json!({
             "at_s": self.at.as_secs_f64(),
             "calls": self.calls,

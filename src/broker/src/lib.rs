@@ -96,7 +96,7 @@ pub use keybroker_store::{
     RecordInfo, RecordState, RunState, SKIPPED_MAX, SealedKeys,
 };
 pub use maintenance::Health;
-pub use notices::{Notice, NoticeDevice, NoticeEvent, NoticeQueue};
+pub use notices::{MemberSemaphores, Notice, NoticeDevice, NoticeEvent, NoticeQueue, QueuedNotice};
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
 pub use registry::Expect;
 pub use release::{Released, SealedUserKey};

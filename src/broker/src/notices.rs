@@ -33,8 +33,11 @@ use keybroker_store::{AccessRow, DeviceChange, Replacement};
 
 use super::{Broker, commit::Settled, journal::Draft};
 
+mod members;
 #[cfg(test)]
 mod tests;
+
+pub use members::MemberSemaphores;
 
 /// Shortest time between two log lines about dropped notices.
 const LOG_INTERVAL: Duration = Duration::from_mins(1);
@@ -136,13 +139,13 @@ pub struct Notice {
 }
 
 /// A notice with its two places: one of the whole queue, and one of its member. The places are free again when they are dropped.
-type Queued = (Notice, [OwnedSemaphorePermit; 2]);
+pub type QueuedNotice = (Notice, [OwnedSemaphorePermit; 2]);
 
 /// The queue of notices that wait for their delivery.
 #[derive(Debug)]
 pub struct NoticeQueue {
     events: BTreeSet<NoticeEvent>,
-    queue: mpsc::Sender<Queued>,
+    queue: mpsc::Sender<QueuedNotice>,
     places: Places,
     notices_max: usize,
     /// The notices of the changes whose outcome is not known yet.
@@ -161,16 +164,17 @@ struct Dropped {
 #[derive(Debug)]
 struct Places {
     all: Arc<Semaphore>,
-    of_members: Mutex<HashMap<(Tenant, UserId), Arc<Semaphore>>>,
+    of_members: Mutex<MemberSemaphores>,
     member_max: usize,
 }
 
 impl Places {
     fn new(notices_max: usize) -> Self {
+        let member_max = notices_max.div_ceil(MEMBER_DIVISOR);
         Self {
             all: Arc::new(Semaphore::new(notices_max)),
-            of_members: Mutex::default(),
-            member_max: notices_max.div_ceil(MEMBER_DIVISOR),
+            of_members: Mutex::new(MemberSemaphores::new(member_max)),
+            member_max,
         }
     }
 
@@ -181,14 +185,7 @@ impl Places {
             .of_members
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if members.len() == members.capacity() {
-            // Before the map grows, the members without a waiting notice are forgotten: a place refers to the places of its member.
-            members.retain(|_, places| Arc::strong_count(places) > 1);
-        }
-        let member = (notice.tenant.clone(), notice.user.clone());
-        let places = members
-            .entry(member)
-            .or_insert_with(|| Arc::new(Semaphore::new(self.member_max)));
+        let places = members.of(notice);
         // An access token alone is enough to repeat these events, so they leave half of the places to the others.
         let is_repeatable = matches!(
             notice.event,
@@ -208,7 +205,7 @@ impl NoticeQueue {
     pub fn new(
         events: BTreeSet<NoticeEvent>,
         notices_max: usize,
-    ) -> (Self, mpsc::Receiver<Queued>) {
+    ) -> (Self, mpsc::Receiver<QueuedNotice>) {
         let (queue, waiting) = mpsc::channel(notices_max);
         let new = Self {
             events,

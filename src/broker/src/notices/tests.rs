@@ -31,11 +31,11 @@ fn offer(queue: &NoticeQueue, user: &str) {
 }
 
 /// Takes everything from the queue. The caller decides when the places are free again.
-fn taken(waiting: &mut mpsc::Receiver<Queued>) -> Vec<Queued> {
+fn taken(waiting: &mut mpsc::Receiver<QueuedNotice>) -> Vec<QueuedNotice> {
     std::iter::from_fn(|| waiting.try_recv().ok()).collect()
 }
 
-fn users(queued: &[Queued]) -> Vec<&str> {
+fn users(queued: &[QueuedNotice]) -> Vec<&str> {
     let queued = queued.iter();
     queued.map(|(notice, _)| notice.user.as_str()).collect()
 }
@@ -106,7 +106,8 @@ fn a_member_without_a_waiting_notice_is_forgotten() {
         assert_eq!(taken(&mut waiting).len(), 1, "{number}");
     }
     let members = queue.places.of_members.lock().unwrap();
-    assert!(members.len() < 100, "{}", members.len());
+    let remembered = members.of_members.len();
+    assert!(remembered < 100, "{remembered}");
 }
 
 #[test]

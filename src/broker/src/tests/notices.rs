@@ -5,13 +5,13 @@ use keybroker_core::{
     key::{DeviceId, Revision},
 };
 use keybroker_store::{Changed, DeviceAddress, DeviceChange, SealedKeys};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
-use crate::{Notice, NoticeEvent, NoticeQueue, commit::Settled, journal::Draft};
+use crate::{Notice, NoticeEvent, NoticeQueue, QueuedNotice, commit::Settled, journal::Draft};
 
 use super::*;
 
-type Waiting = mpsc::Receiver<(Notice, [OwnedSemaphorePermit; 2])>;
+type Waiting = mpsc::Receiver<QueuedNotice>;
 
 async fn broker_with_notices(folder: &std::path::Path) -> (Arc<Broker>, Waiting) {
     let mut broker = broker(folder).await;

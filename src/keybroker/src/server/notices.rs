@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 
 use reqwest::{Client, StatusCode, Url};
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::mpsc,
     task::JoinSet,
     time::{self, Instant},
 };
@@ -22,7 +22,7 @@ use crate::{
     config::notices::{FileError, Settings},
     https,
 };
-use keybroker_broker::{Notice, NoticeQueue};
+use keybroker_broker::{Notice, NoticeQueue, QueuedNotice};
 use keybroker_core::{call::spread, error::root_cause, metrics};
 
 use message::{Message, Signer};
@@ -84,13 +84,10 @@ impl Notifier {
     }
 }
 
-/// A notice with its places in the queue. The places are free again when they are dropped.
-type Queued = (Notice, [OwnedSemaphorePermit; 2]);
-
 /// Delivers the notices from a queue.
 #[derive(Debug)]
 struct Deliveries {
-    queue: mpsc::Receiver<Queued>,
+    queue: mpsc::Receiver<QueuedNotice>,
     receiver: Arc<Receiver>,
     turns: Turns,
     stop: CancellationToken,

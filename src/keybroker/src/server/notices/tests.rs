@@ -36,7 +36,7 @@ enum Failure {
 
 /// Running deliveries to a receiver.
 struct Running {
-    queue: mpsc::Sender<Queued>,
+    queue: mpsc::Sender<QueuedNotice>,
     places: Arc<Semaphore>,
     /// The members of the notices, in the order in which the receiver gets them.
     received: mpsc::UnboundedReceiver<String>,

@@ -6,12 +6,11 @@
 //!
 //! Mitigation: M29 of `THREAT_MODEL.md`.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use keybroker_broker::Notice;
-use keybroker_core::key::{Tenant, UserId};
+use keybroker_broker::{MemberSemaphores, Notice};
 
 /// Notices that are sent at the same time.
 pub(super) const TURNS_MAX: usize = 16;
@@ -22,14 +21,14 @@ pub(super) const MEMBER_TURNS_MAX: usize = 4;
 #[derive(Debug)]
 pub(super) struct Turns {
     all: Arc<Semaphore>,
-    of_members: HashMap<(Tenant, UserId), Arc<Semaphore>>,
+    of_members: MemberSemaphores,
 }
 
 impl Default for Turns {
     fn default() -> Self {
         Self {
             all: Arc::new(Semaphore::new(TURNS_MAX)),
-            of_members: HashMap::new(),
+            of_members: MemberSemaphores::new(MEMBER_TURNS_MAX),
         }
     }
 }
@@ -37,19 +36,9 @@ impl Default for Turns {
 impl Turns {
     /// The turns for the attempts of one notice.
     pub(super) fn of(&mut self, notice: &Notice) -> MemberTurns {
-        if self.of_members.len() == self.of_members.capacity() {
-            // Before the map grows, the members without a waiting notice are forgotten: each notice refers to the turns of its member.
-            self.of_members
-                .retain(|_, turns| Arc::strong_count(turns) > 1);
-        }
-        let member = (notice.tenant.clone(), notice.user.clone());
-        let of_member = self
-            .of_members
-            .entry(member)
-            .or_insert_with(|| Arc::new(Semaphore::new(MEMBER_TURNS_MAX)));
         MemberTurns {
             all: Arc::clone(&self.all),
-            of_member: Arc::clone(of_member),
+            of_member: Arc::clone(self.of_members.of(notice)),
         }
     }
 }

@@ -7,4 +7,5 @@ mod pages;
 mod screens;
 mod sign_in;
 mod sign_in_limits;
+mod sign_in_rates;
 mod site;

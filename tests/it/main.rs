@@ -14,6 +14,7 @@ mod approvals;
 mod assurance;
 mod audit_log;
 mod bad_inputs;
+mod batch_rates;
 mod bench;
 mod bench_scenarios;
 mod capacity;
@@ -90,4 +91,4 @@ mod trusted_files;
 mod wire;
 mod worker_key;
 
-use keybroker_test_support::{bitwarden, faulty, https, identity, servers, softhsm};
+use keybroker_test_support::{bitwarden, faulty, https, identity, ports, servers, softhsm};

@@ -19,15 +19,24 @@ use crate::site::{Options, Site};
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// Asks again until `probe` answers, at most for [`WAIT_MAX`].
-pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + WAIT_MAX;
+pub(crate) fn until<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
+    until_within(WAIT_MAX, what, probe)
+}
+
+/// Asks again until `probe` answers, at most for `wait`.
+pub(crate) fn until_within<T>(
+    wait: Duration,
+    what: &str,
+    mut probe: impl FnMut() -> Option<T>,
+) -> T {
+    let deadline = Instant::now() + wait;
     while Instant::now() < deadline {
         if let Some(found) = probe() {
             return found;
         }
         thread::sleep(Duration::from_millis(10));
     }
-    panic!("waited {WAIT_MAX:?} for {what}");
+    panic!("waited {wait:?} for {what}");
 }
 
 /// Whether a process here may have mounts of its own. If not, says what is not tested.

@@ -13,9 +13,8 @@ use crate::{
     devices::member::{App, Member},
     identity::{Identity, Options as IdentityOptions},
     pki,
-    process::{Broker, until},
     site::Site,
-    tokens::ADA,
+    tokens::{ADA, start_on},
 };
 
 const HEADING: &str = "| Column | What an edit can do | Why it has no MAC |";
@@ -41,9 +40,7 @@ async fn filled() -> std::sync::Arc<Site> {
         format!("{configuration}\n{}{issuer}", persons.concat()),
     )
     .unwrap();
-    let broker = Broker::start_on(site);
-    let is_ready = || broker.site.log().contains("key set taken over");
-    until("the key set", || is_ready().then_some(()));
+    let broker = start_on(site);
     // A trusted device, and a request for access.
     let (member, _) = Member::with_first_device(&broker, &service, ADA).await;
     let asked = member.asks(&App::new(2), AccessApprover::Device).await;

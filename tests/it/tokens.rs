@@ -92,10 +92,20 @@ fn sealed_site_with(
     believing(site, service, &lines)
 }
 
+/// A broker on a site that can have been used before, once this run of the broker has the keys of the issuer.
 pub(crate) fn start_on(site: Arc<Site>) -> Broker {
-    let broker = Broker::start_on(site);
-    let is_ready = || broker.site.log().contains("key set taken over");
-    until("the key set", || is_ready().then_some(()));
+    start_as(site, Site::serve)
+}
+
+/// Like [`start_on`], by another command than [`Site::serve`].
+pub(crate) fn start_as(site: Arc<Site>, command: impl FnOnce(&Site) -> Command) -> Broker {
+    // The log has the lines of all runs.
+    let key_sets = |site: &Site| site.log().matches("key set taken over").count();
+    let before = key_sets(&site);
+    let broker = Broker::start_as(site, command);
+    until("the key set", || {
+        (key_sets(&broker.site) > before).then_some(())
+    });
     broker
 }
 

@@ -4,7 +4,7 @@ use std::{cmp::Reverse, sync::Arc};
 
 use keybroker_core::{
     call::{CallId, Timestamp},
-    device::{AccessState, ApprovalRoad, DeviceState},
+    device::{AccessApprover, AccessState, DeviceState},
     key::{AccessRequestId, DeviceId, KeyName, Revision, Tenant, UserId, WrappingKeyId},
     principal::{NAME_BYTES_MAX, Reach},
 };
@@ -62,7 +62,7 @@ pub(crate) fn access(member: &str, number: u8) -> AccessRow {
         id: AccessRequestId::from_bytes([number; 16]),
         signer: KEY,
         state: AccessState::Pending,
-        road: ApprovalRoad::Device,
+        approver: AccessApprover::Device,
         device: AskingDevice {
             address: place(member, 77),
             name: "new".to_owned(),

@@ -51,6 +51,8 @@ const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
 const VERIFIED_OVERHEAD: usize = 1024;
 /// The value of the label `issuer` for access tokens whose issuer is not configured.
 const UNKNOWN_ISSUER: &str = "unknown";
+/// The name of an access token in messages. ID tokens pass through the same checks under their own name.
+const ACCESS_TOKEN: &str = "access token";
 /// Longest time for which a verified access token is remembered.
 const VERIFIED_FOR: Duration = Duration::from_mins(1);
 
@@ -217,7 +219,7 @@ impl Tokens {
         if let Some(known) = self.remembered(&digest) {
             return Ok(known);
         }
-        let parts = Parts::read(token)?;
+        let parts = Parts::read(ACCESS_TOKEN, token)?;
         let Some(at) = self.by_name.get(parts.issuer()?).copied() else {
             return Err(Cause::Issuer.because(format!(
                 "the `iss` is {}, which no [[issuer]] has",
@@ -282,7 +284,8 @@ impl Issuer {
         let named = parts.named_key()?;
         let set = self.keys.current();
         let mut set = set.map_err(|error| Cause::NoKeys.because(error.to_string()))?;
-        let mut outcome = self.verify_with(&set, token, named, algorithm);
+        let noun = parts.noun();
+        let mut outcome = self.verify_with(&set, token, noun, named, algorithm);
         // The provider may have a newer key. If the access token has no `kid`, only the failed signature can show that
         // a newer key is needed.
         let may_be_newer = match &outcome {
@@ -297,7 +300,7 @@ impl Issuer {
             let wait = match self.keys.newer_than(&set).await {
                 Newer::Set(newer) => {
                     set = newer;
-                    outcome = self.verify_with(&set, token, named, algorithm);
+                    outcome = self.verify_with(&set, token, noun, named, algorithm);
                     None
                 }
                 Newer::Unknown(wait) => Some(wait),
@@ -339,6 +342,7 @@ impl Issuer {
         &self,
         set: &KeySet,
         token: &[u8],
+        noun: &'static str,
         named: Named<'_>,
         algorithm: Algorithm,
     ) -> Result<(Map<String, Value>, bool), Refusal> {
@@ -355,7 +359,7 @@ impl Issuer {
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "the access token has no `kid`, and too many keys match the `alg`: {:?}",
+                "the {noun} has no `kid`, and too many keys match the `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
@@ -369,9 +373,9 @@ impl Issuer {
             match jsonwebtoken::decode(token, key, &validation) {
                 Ok(TokenData { claims, .. }) => return Ok((claims, false)),
                 Err(error) if *error.kind() == ErrorKind::ExpiredSignature => {
-                    return self.verify_expired(token, key, validation);
+                    return self.verify_expired(token, noun, key, validation);
                 }
-                Err(error) => refused = self.refusal(&error),
+                Err(error) => refused = self.refusal(noun, &error),
             }
             if refused.cause != Cause::Signature {
                 break;
@@ -385,13 +389,14 @@ impl Issuer {
     fn verify_expired(
         &self,
         token: &[u8],
+        noun: &'static str,
         key: &DecodingKey,
         mut validation: Validation,
     ) -> Result<(Map<String, Value>, bool), Refusal> {
         validation.validate_exp = false;
         match jsonwebtoken::decode(token, key, &validation) {
             Ok(TokenData { claims, .. }) => Ok((claims, true)),
-            Err(error) => Err(self.refusal(&error)),
+            Err(error) => Err(self.refusal(noun, &error)),
         }
     }
 
@@ -412,12 +417,12 @@ impl Issuer {
         validation
     }
 
-    fn refusal(&self, error: &jsonwebtoken::errors::Error) -> Refusal {
+    fn refusal(&self, noun: &'static str, error: &jsonwebtoken::errors::Error) -> Refusal {
         let leeway = self.settings.leeway_s;
         match error.kind() {
-            ErrorKind::InvalidSignature => Cause::Signature.because(
-                "the signature does not verify: the access token was changed, or signed with another key that has the same `kid`",
-            ),
+            ErrorKind::InvalidSignature => Cause::Signature.because(format!(
+                "the signature does not verify: the {noun} was changed, or signed with another key that has the same `kid`"
+            )),
             ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
                 "the `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
             )),
@@ -426,7 +431,7 @@ impl Issuer {
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {
-                Cause::Claim.because(format!("the access token has no `{claim}` claim, or the claim has the wrong type"))
+                Cause::Claim.because(format!("the {noun} has no `{claim}` claim, or the claim has the wrong type"))
             }
             ErrorKind::InvalidIssuer => Cause::Issuer.because("the `iss` is not a string"),
             _ => Cause::Malformed.because(format!("{error}")),

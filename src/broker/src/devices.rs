@@ -299,7 +299,8 @@ const UNSIGNED: (WrappingKeyId, Mac) = (WrappingKeyId::from_bytes([0; ID_BYTES])
 
 /// The error of a device or request that does not exist for this member.
 fn unknown(field: &'static str) -> Error {
-    let what = "the member has none with this id";
+    let what =
+        "the member has no device or request for access with this id; list the devices or requests";
     Error::new(Reason::DeviceNotFound, what).explained(field, what)
 }
 

@@ -91,9 +91,9 @@ pub use keybroker_hsm::{
 };
 pub use keybroker_policy::Release as ReleaseForm;
 pub use keybroker_store::{
-    ACCESS_REQUESTS_LISTED_MAX, AccessPlace, AccessRow, Answer, ApprovalRow, Damage, DamagedAccess,
-    DamagedApproval, DamagedClient, DamagedDevice, DamagedRecord, DeviceRow, KeyUses, Position,
-    RecordInfo, RecordState, RunState, SKIPPED_MAX, SealedKeys,
+    ACCESS_REQUESTS_LISTED_MAX, AccessCursor, AccessRow, Answer, ApprovalRow, Damage,
+    DamagedAccess, DamagedApproval, DamagedClient, DamagedDevice, DamagedRecord, DeviceRow,
+    KeyUses, Position, RecordInfo, RecordState, RunState, SKIPPED_MAX, SealedKeys,
 };
 pub use maintenance::Health;
 pub use notices::{MemberSemaphores, Notice, NoticeDevice, NoticeEvent, NoticeQueue, QueuedNotice};
@@ -350,23 +350,24 @@ impl Broker {
         error
     }
 
-    /// Checks whether a principal may release at least one of the keys in the requested form. A batch of
-    /// keys needs this check before its items are decided. After this check, each item of the batch
-    /// is decided separately. If the principal may use none of the keys, the complete batch gets
-    /// one refusal and one audit entry.
+    /// Counts the items of a batch as calls, and checks whether a principal may release at least one of
+    /// the keys in the requested form. A batch needs this check before its items are decided. After this
+    /// check, each item of the batch is decided separately. If the principal may use none of the keys,
+    /// the complete batch gets one refusal and one audit entry.
+    ///
+    /// `items` is the number of all items. `keys` are the keys of the well-formed items. A malformed item
+    /// counts as a call, too, because its refusal has its own audit entry.
     pub async fn admit(
         &self,
         principal: &Principal,
         call: &Call,
+        items: usize,
         keys: &[(UserKeyRef, ReleaseForm)],
     ) -> Result<(), Error> {
         let action = Action::Unwrap;
         let started = Instant::now();
         // The middleware has already counted the batch as one call.
-        if let Err(over) = self
-            .limits
-            .take_calls(principal, keys.len().saturating_sub(1))
-        {
+        if let Err(over) = self.limits.take_calls(principal, items.saturating_sub(1)) {
             return Err(self.unserved(principal, call, action, over).await);
         }
         let mut refusal = None;

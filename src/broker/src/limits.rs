@@ -53,8 +53,8 @@ pub struct Settings {
     pub user_calls_per_minute: u32,
     /// Largest number of calls per minute for each service. Each item of a batch counts as a call.
     pub service_calls_per_minute: u32,
-    /// Largest number per minute of failed credentials for each address, and of failed attempts (rejected envelopes, wrong words of a phrase) for each
-    /// principal.
+    /// Largest number per minute of failed credentials for each address, and of failed attempts (rejected envelopes, wrong words of a
+    /// phrase, public keys of recipients that the token refused) for each principal.
     pub failures_per_minute: u32,
     /// Number of different users whose keys one service may release within an hour before an alert is raised.
     pub released_users_per_hour: u32,
@@ -94,6 +94,8 @@ const CALLERS_MAX: u64 = 100_000;
 /// Idle time after which a caller's bucket is dropped. A bucket is full again after one minute, so dropping the bucket
 /// loses no information.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
+/// The same for a bucket that is full again after one hour.
+const HOURLY_FORGOTTEN_AFTER: Duration = Duration::from_mins(61);
 
 /// Largest number of concurrent checks of costly credentials from one address.
 const TURNS_MAX: usize = 8;
@@ -111,6 +113,7 @@ pub struct Limits {
     releases: Releases,
     replacements: Replacements,
     access_requests_per_hour: u64,
+    access_requests: Buckets<String>,
     request_alerts: OnceAnHour<String>,
     approvals_per_hour: u64,
     approval_alerts: OnceAnHour<String>,
@@ -134,6 +137,7 @@ impl Limits {
             releases: Releases::new(settings.released_users_per_hour),
             replacements: Replacements::new(settings.replacements_per_hour),
             access_requests_per_hour: settings.access_requests_per_hour.into(),
+            access_requests: Buckets::per_hour(settings.access_requests_per_hour),
             request_alerts: OnceAnHour::default(),
             approvals_per_hour: settings.approvals_per_hour.into(),
             approval_alerts: OnceAnHour::default(),
@@ -205,7 +209,8 @@ impl Limits {
         taken.map_err(used_up)
     }
 
-    /// Counts a failed attempt of a principal: an envelope that the token rejected, or wrong words of a fingerprint phrase.
+    /// Counts a failed attempt of a principal: an envelope or the public key of a recipient that the token rejected, or wrong words of
+    /// a fingerprint phrase.
     pub fn fail_principal(&self, principal: &str) -> Result<(), Error> {
         let taken = self.failed_attempts.take(principal, 1);
         taken.map_err(used_up)
@@ -227,6 +232,12 @@ impl Limits {
     /// Number of requests for access of one member within an hour, above which an alert is raised.
     pub fn access_requests_per_hour(&self) -> u64 {
         self.access_requests_per_hour
+    }
+
+    /// Counts a request for access of a member. Returns whether this broker alone received too many. The database does not have the
+    /// requests that a later request of the same device replaced.
+    pub fn note_access_request(&self, member: &str) -> bool {
+        self.access_requests.take(member, 1).is_err()
     }
 
     /// Whether to raise an alert about a member with too many requests. The alert is raised at most once an hour.
@@ -339,11 +350,20 @@ impl<K> fmt::Debug for Buckets<K> {
 impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
     fn new(per_minute: u32) -> Self {
         let per_minute = NonZeroU32::new(per_minute).unwrap_or(NonZeroU32::MIN);
+        Self::of(Quota::per_minute(per_minute), FORGOTTEN_AFTER)
+    }
+
+    fn per_hour(per_hour: u32) -> Self {
+        let per_hour = NonZeroU32::new(per_hour).unwrap_or(NonZeroU32::MIN);
+        Self::of(Quota::per_hour(per_hour), HOURLY_FORGOTTEN_AFTER)
+    }
+
+    fn of(quota: Quota, forgotten_after: Duration) -> Self {
         Self {
-            quota: Quota::per_minute(per_minute),
+            quota,
             known: Cache::builder()
                 .max_capacity(CALLERS_MAX)
-                .time_to_idle(FORGOTTEN_AFTER)
+                .time_to_idle(forgotten_after)
                 .build(),
         }
     }

@@ -269,8 +269,10 @@ impl Broker {
         }
         let up = up && !self.acknowledged.is_missing();
         let was_up = self.store_up.swap(up, Ordering::Relaxed);
-        if up != was_up {
-            tracing::warn!(up, "the availability of the store changed");
+        if up && !was_up {
+            tracing::warn!("the database is available again");
+        } else if !up && was_up {
+            tracing::warn!("the database is unavailable");
         }
         metrics::STORE_UP.set_flag(up);
     }

@@ -95,9 +95,13 @@ impl Broker {
         if !self.sealed_only && !is_sealed {
             return Ok(());
         }
-        let what = "a key that this API can release; the broker now wraps keys so that they are released only encrypted to a \
-                    recipient, which needs the gRPC API";
-        let detail = "the key in use is a sealed wrapping key";
+        let what = "a key that this API can release later; the broker now stores user keys for sealed release only. Use the \
+                    gRPC API, and pass a recipient with each release";
+        let detail = if is_sealed {
+            "the key in use is a sealed wrapping key"
+        } else {
+            "`release.sealed_only` is set"
+        };
         Err(Error::new(Reason::ReleaseForm, detail).explained("key", what))
     }
 

@@ -383,7 +383,7 @@ fn check_source(registry: &Registry, target: WrappingKeyId, new: &NewRun) -> Res
         .row(source)
         .is_some_and(|row| row.state == WrappingKeyState::Compromised);
     if !is_compromised {
-        let what = "only with a source that is compromised";
+        let what = "unset, because the source wrapping key is not compromised";
         return Err(Error::violation("from_compromised", what));
     }
     Ok(registry.check(source, KeyUse::RewrapListed)?)

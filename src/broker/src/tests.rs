@@ -23,6 +23,7 @@ use super::*;
 
 mod approvals;
 mod notices;
+mod recipients;
 mod registry;
 mod tokens;
 

@@ -382,7 +382,7 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.reason_name, self.text)?;
         for FieldViolation { field, description } in &self.violations {
-            write!(f, "; {field} must be {description}")?;
+            write!(f, "; {field}: {description}")?;
         }
         Ok(())
     }
@@ -561,7 +561,7 @@ mod tests {
             refusal.call_id().unwrap().to_string(),
             "0192f0c1-2345-7000-8000-000000000001"
         );
-        assert_eq!(refusal.to_string(), "REQUEST: text; user must be not empty");
+        assert_eq!(refusal.to_string(), "REQUEST: text; user: not empty");
     }
 
     #[test]

@@ -74,8 +74,8 @@ impl SealedKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecipientError {
-    /// The private key is not an RSA key of 2048 to 4096 bits in PKCS #8.
-    #[error("not an RSA private key of 2048 to 4096 bits in DER-encoded PKCS #8")]
+    /// The private key is not an RSA key of 2048, 3072 or 4096 bits in PKCS #8.
+    #[error("not an RSA private key of 2048, 3072 or 4096 bits in DER-encoded PKCS #8")]
     PrivateKey,
     /// The key pair cannot be made or encoded.
     #[error("the cryptographic library cannot make or encode the key pair")]
@@ -120,11 +120,11 @@ impl RecipientKeyPair {
     /// Reads the private key: DER-encoded PKCS #8, for example of `openssl genpkey -algorithm RSA`.
     ///
     /// # Errors
-    /// Returns an error if the key is not an RSA key of 2048 to 4096 bits.
+    /// Returns an error if the key is not an RSA key of 2048, 3072 or 4096 bits.
     pub fn from_pkcs8(der: &[u8]) -> Result<Self, RecipientError> {
         let key = PrivateDecryptingKey::from_pkcs8(der);
         let key = Self::of(key.map_err(|_| RecipientError::PrivateKey)?)?;
-        if (2_048..=4_096).contains(&key.private.key_size_bits()) {
+        if matches!(key.private.key_size_bits(), 2_048 | 3_072 | 4_096) {
             Ok(key)
         } else {
             Err(RecipientError::PrivateKey)

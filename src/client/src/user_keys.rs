@@ -175,7 +175,7 @@ impl Client {
     }
 
     /// Releases a user key to a recipient: the broker's token encrypts the user key to `public_key`, the DER
-    /// SubjectPublicKeyInfo of an RSA key of 2048 to 4096 bits. The key must be under a sealed wrapping key.
+    /// SubjectPublicKeyInfo of an RSA key of 2048, 3072 or 4096 bits. The key must be under a sealed wrapping key.
     pub fn unwrap_user_key_for<'a>(
         &'a self,
         key: &'a UserKeyRef,

@@ -1,9 +1,9 @@
-//! Counts the places that each principal or network has taken, with an upper limit, so that one of them cannot take all
-//! places.
+//! Counts the places or bytes that each principal or network has taken, with an upper limit, so that one of them cannot
+//! take all.
 
 use std::{collections::HashMap, hash::Hash};
 
-/// The number of places that each key has taken. Keys without a place have no entry.
+/// The number of places or bytes that each key has taken. Keys that have taken none have no entry.
 #[derive(Debug)]
 pub struct Counts<K>(HashMap<K, usize>);
 
@@ -16,19 +16,30 @@ impl<K> Default for Counts<K> {
 impl<K: Hash + Eq> Counts<K> {
     /// Takes a place for `key`, unless `key` already has `max` places. Returns whether a place was taken.
     pub fn take(&mut self, key: K, max: usize) -> bool {
+        self.take_several(key, 1, max)
+    }
+
+    /// Takes `count` places for `key`, unless `key` would then have more than `max` places. Returns whether the places
+    /// were taken.
+    pub fn take_several(&mut self, key: K, count: usize, max: usize) -> bool {
         let taken = self.0.get(&key).copied().unwrap_or(0);
-        let has_room = taken < max;
-        if has_room {
-            self.0.insert(key, taken + 1);
+        let has_room = count <= max.saturating_sub(taken);
+        if has_room && count > 0 {
+            self.0.insert(key, taken + count);
         }
         has_room
     }
 
     /// Releases one of the places that `key` has taken.
     pub fn give_back(&mut self, key: &K) {
-        if let Some(count) = self.0.get_mut(key) {
-            *count -= 1;
-            if *count == 0 {
+        self.give_back_several(key, 1);
+    }
+
+    /// Releases `count` of the places that `key` has taken.
+    pub fn give_back_several(&mut self, key: &K, count: usize) {
+        if let Some(taken) = self.0.get_mut(key) {
+            *taken -= count;
+            if *taken == 0 {
                 self.0.remove(key);
             }
         }
@@ -55,5 +66,17 @@ mod tests {
             counts.give_back(&key);
         }
         assert!(counts.is_empty() && !counts.take("alice", 0) && counts.is_empty());
+    }
+
+    #[test]
+    fn several_places_are_taken_together_or_not_at_all() {
+        let mut counts = Counts::default();
+        assert!(counts.take_several("alice", 60, 100));
+        assert!(!counts.take_several("alice", 41, 100));
+        assert!(counts.take_several("alice", 40, 100) && counts.take_several("bob", 100, 100));
+        assert!(counts.take_several("alice", 0, 100) && counts.take_several("carol", 0, 100));
+        counts.give_back_several(&"alice", 100);
+        counts.give_back_several(&"bob", 100);
+        assert!(counts.is_empty());
     }
 }

@@ -141,14 +141,14 @@ impl AccessState {
 
 /// Who is asked to approve a request for access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ApprovalRoad {
+pub enum AccessApprover {
     /// Another trusted device of the member.
     Device,
     /// An administrator with the role `approver`.
     Administrator,
 }
 
-impl ApprovalRoad {
+impl AccessApprover {
     /// The name in the database and in output.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -161,6 +161,6 @@ impl ApprovalRoad {
     pub fn parse(text: &str) -> Option<Self> {
         [Self::Device, Self::Administrator]
             .into_iter()
-            .find(|road| road.as_str() == text)
+            .find(|approver| approver.as_str() == text)
     }
 }

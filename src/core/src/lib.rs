@@ -12,6 +12,7 @@ pub mod error;
 pub mod fingerprint_phrase;
 pub mod hardening;
 pub mod key;
+pub mod loopback;
 pub mod metrics;
 pub mod organization;
 pub mod pem;

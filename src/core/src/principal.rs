@@ -61,13 +61,16 @@ impl Role {
     }
 
     /// Whether the roles exclude each other. Administrators and auditors of the broker, and approvers of new devices, must not be
-    /// able to obtain user keys (separation of duties).
+    /// able to obtain user keys (separation of duties). An approver must not read the audit log: it has the digest of the public key
+    /// of a request, from which the words that the approver must hear from the member could be computed.
     pub fn conflicts_with(self, other: Self) -> bool {
-        let pair = [self, other];
-        pair.contains(&Self::Release)
-            && [Self::Admin, Self::Auditor, Self::Approver]
-                .iter()
-                .any(|role| pair.contains(role))
+        matches!(
+            (self, other),
+            (Self::Release, Self::Admin | Self::Auditor | Self::Approver)
+                | (Self::Admin | Self::Auditor | Self::Approver, Self::Release)
+                | (Self::Approver, Self::Auditor)
+                | (Self::Auditor, Self::Approver)
+        )
     }
 }
 
@@ -180,9 +183,13 @@ impl Grant {
             );
         }
         if let Some((one, other)) = conflict(&self.roles) {
+            let cause = if [one, other].contains(&Role::Release) {
+                "administrators and auditors of the broker and approvers must not be able to obtain keys"
+            } else {
+                "the audit log tells words of the fingerprint phrase that an approver must hear from the member"
+            };
             return Some(format!(
-                "the principal has the roles `{}` and `{}`, but administrators and auditors of the broker and approvers must \
-                 not be able to obtain keys",
+                "the principal has the roles `{}` and `{}`, but {cause}",
                 one.as_str(),
                 other.as_str()
             ));
@@ -530,5 +537,7 @@ mod tests {
         assert!(!Role::Admin.conflicts_with(Role::Auditor));
         assert!(Role::Approver.conflicts_with(Role::Release));
         assert!(!Role::Approver.conflicts_with(Role::Admin));
+        assert!(Role::Approver.conflicts_with(Role::Auditor));
+        assert!(Role::Auditor.conflicts_with(Role::Approver));
     }
 }

@@ -45,7 +45,7 @@ mod organization;
 mod wrapper;
 
 pub use key_admin::KeyAdmin;
-pub use organization::OrganizationKey;
+pub use organization::{DeviceRelease, OrganizationKey};
 pub use wrapper::Wrapper;
 
 /// Name of the hidden command that runs the admin worker.

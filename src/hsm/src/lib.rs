@@ -325,7 +325,9 @@ pub enum Error {
         cause: String,
     },
     /// The key is not among the expected keys of the workers.
-    #[error("the workers do not have wrapping key {0}")]
+    #[error(
+        "the token workers have not loaded wrapping key {0}; try again, and run `keybroker token check` if the error persists"
+    )]
     UnknownKey(WrappingKeyId),
 }
 

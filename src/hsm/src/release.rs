@@ -57,7 +57,10 @@ impl<'a> Release<'a> {
             return Err(Error::RecipientAlgorithm(algorithm));
         }
         let sealing = key.sealing.ok_or_else(|| {
-            let what = format!("wrapping key {} makes no sealed releases", key.id);
+            let what = format!(
+                "wrapping key {} is not a sealed wrapping key, so it cannot make sealed releases",
+                key.id
+            );
             Error::Untrusted(what)
         })?;
         Ok(Self {

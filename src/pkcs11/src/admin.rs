@@ -694,7 +694,10 @@ impl Admin {
                 Err(AdminError::Untrusted(format!("{fault}. No key was made")))
             }
             Err(fault) => {
-                tracing::warn!(%fault, "the tests with session keys ended with an error");
+                tracing::warn!(
+                    %fault,
+                    "an error ended the tests with throwaway keys, so the negative tests that change a key count as not run"
+                );
                 Ok(tests_that_change_a_key())
             }
             Ok(not_made) => Ok(not_made),
@@ -873,7 +876,7 @@ impl Admin {
         fingerprint: &[u8],
         wrapped: &[u8],
         recipient: &[u8],
-    ) -> Result<Vec<u8>, AdminError> {
+    ) -> Result<organization::Release, AdminError> {
         let (token, settings) = (&self.token, &self.settings);
         Ok(organization::release(
             token,

@@ -42,6 +42,7 @@ use crate::{
     attribute_check::Finding,
     calling,
     keys::{self, Identity},
+    organization::Release,
     worker,
 };
 
@@ -250,10 +251,13 @@ impl State {
 
     fn release_to_device(&self, job: &ReleaseToDevice) -> Result<Outcome, AdminError> {
         let (id, fingerprint) = (key_id(&job.key_id)?, &job.fingerprint);
-        let released =
+        let answer =
             self.token()?
                 .release_to_device(id, fingerprint, &job.wrapped, &job.recipient)?;
-        Ok(Outcome::ForDevice(released))
+        Ok(match answer {
+            Release::ForDevice(released) => Outcome::ForDevice(released),
+            Release::Refused(why) => Outcome::ReleaseRefused(why),
+        })
     }
 
     fn token(&self) -> Result<&Admin, AdminError> {

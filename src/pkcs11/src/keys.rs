@@ -95,6 +95,8 @@ pub(super) struct KeyPair {
 pub(super) struct PublicSide {
     pub(super) spki: Vec<u8>,
     pub(super) fingerprint: Fingerprint,
+    /// Big-endian, as the token returned it.
+    pub(super) modulus: Vec<u8>,
     pub(super) modulus_bits: usize,
 }
 
@@ -391,6 +393,7 @@ pub(super) fn public_side_of(
     Ok(PublicSide {
         fingerprint: oaep::fingerprint(&spki),
         spki,
+        modulus,
         modulus_bits,
     })
 }

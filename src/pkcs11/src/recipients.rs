@@ -18,6 +18,8 @@ use crate::{
 pub(crate) const RECIPIENTS_MAX: usize = 64;
 /// Size of the buffer for a wrapped key, in bytes: the length of the longest modulus of a recipient.
 const WRAPPED_BYTES_MAX: usize = 512;
+/// Length of the modulus of the recipient in the self-tests, in bytes: see `RecipientPair::of_process`.
+const SELF_TEST_MODULUS_BYTES: usize = 256;
 
 /// The public exponent 65537, big-endian.
 const PUBLIC_EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
@@ -54,8 +56,18 @@ impl Recipient {
         let mechanism = mechanism(algorithm);
         let length = session.wrap_key_into(&mechanism, self.object, object, &mut wrapped)?;
         if length != self.modulus_bytes {
+            // A ciphertext is as long as the modulus (RFC 8017 section 7.1.1), so only a faulty token returns another
+            // length. The self-tests of the worker prove the length of their own recipient, so a token that returns a wrong
+            // result for this length must not be used. The self-tests do not prove the other lengths, and callers choose
+            // the length: one caller could take a token that fails only with another length out of service for all. For
+            // another length, only this recipient is refused, if the self-tests still pass. No caller gets the bytes.
+            let class = if self.modulus_bytes == SELF_TEST_MODULUS_BYTES {
+                Class::Untrusted
+            } else {
+                Class::Ambiguous
+            };
             return Err(Fault::new(
-                Class::Untrusted,
+                class,
                 format!(
                     "C_WrapKey returned {length} bytes for a recipient's key of {} bytes",
                     self.modulus_bytes

@@ -364,7 +364,8 @@ fn require(pair: &KeyPair, purpose: Purpose) -> Result<(), Stop> {
         return Ok(());
     }
     let what = format!(
-        "the job needs a {} wrapping key, and key {} is a {} wrapping key",
+        "the job needs a {} wrapping key, but key {} is a {} wrapping key; the registry and the token disagree about this key: \
+         run `keybroker token check`",
         purpose.as_str(),
         pair.id,
         pair.purpose.as_str()

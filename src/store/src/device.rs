@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use keybroker_core::{
     call::{CallId, Timestamp},
-    device::{AccessState, ApprovalRoad, DeviceState},
+    device::{AccessApprover, AccessState, DeviceState},
     envelope::{Mac, mac::MacMessage},
     key::{AccessRequestId, DeviceId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
     principal::Reach,
@@ -24,7 +24,7 @@ pub const ANSWER_FORM_BYTES_MAX: usize = 32;
 /// Longest network address, in bytes.
 pub const PEER_BYTES_MAX: usize = 64;
 
-/// The place of a device: tenant, member and id.
+/// The address of a device: tenant, member and id.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DeviceAddress {
     /// The tenant of the member.
@@ -49,7 +49,7 @@ pub struct SealedKeys {
 /// A device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRow {
-    /// Its place.
+    /// Its address.
     pub address: DeviceAddress,
     /// The wrapping key whose integrity key made the MAC.
     pub signer: WrappingKeyId,
@@ -116,7 +116,7 @@ impl DeviceRow {
 /// A row of a device that cannot be decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedDevice {
-    /// The place of the device, if it can be read.
+    /// The address of the device, if it can be read.
     pub address: Option<DeviceAddress>,
     /// The column that cannot be decoded.
     pub detail: String,
@@ -145,7 +145,7 @@ pub struct AccessDecision {
 /// The device that asks for access.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AskingDevice {
-    /// Its place.
+    /// Its address.
     pub address: DeviceAddress,
     /// Its name.
     pub name: String,
@@ -165,7 +165,7 @@ pub struct AccessRow {
     /// The stored state, which is never [`AccessState::Expired`].
     pub state: AccessState,
     /// Who is asked to approve.
-    pub road: ApprovalRoad,
+    pub approver: AccessApprover,
     /// The device that asks.
     pub device: AskingDevice,
     /// The name of the requested user key.
@@ -231,7 +231,7 @@ impl AccessRow {
             address.device.as_bytes(),
             self.id.as_bytes(),
             self.state.as_str().as_bytes(),
-            self.road.as_str().as_bytes(),
+            self.approver.as_str().as_bytes(),
             self.key_name.as_str().as_bytes(),
             self.device.name.as_bytes(),
             self.device.kind.as_bytes(),
@@ -272,8 +272,8 @@ pub struct DamagedAccess {
     pub detail: String,
 }
 
-/// The place of a request for access in a list: the newest first, and those of one moment in the order of their ids.
-pub type AccessPlace = (Timestamp, AccessRequestId);
+/// The position of a request for access in a list: the newest first, and those of one moment in the order of their ids.
+pub type AccessCursor = (Timestamp, AccessRequestId);
 
 /// Which requests for access are wanted, and which page of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -284,8 +284,8 @@ pub struct AccessQuery {
     pub users: Reach<UserId>,
     /// If set, only requests that are pending are wanted.
     pub pending: Option<PendingOnly>,
-    /// The last place of the page before.
-    pub after: Option<AccessPlace>,
+    /// The last position of the page before.
+    pub after: Option<AccessCursor>,
     /// The number of requests, at most [`ACCESS_REQUESTS_LISTED_MAX`].
     pub limit: u32,
 }
@@ -357,8 +357,8 @@ impl DeviceChange {
     pub(crate) fn member(&self) -> Option<(&Tenant, &UserId)> {
         let devices = self.devices.iter().map(|changed| &changed.row.address);
         let request = self.request.iter().map(|one| &one.row.device.address);
-        let mut places = devices.chain(&self.removes).chain(request);
-        places
+        let mut addresses = devices.chain(&self.removes).chain(request);
+        addresses
             .next()
             .map(|address| (&address.tenant, &address.user))
     }
@@ -392,7 +392,7 @@ pub trait Devices: Send + Sync {
         user: &UserId,
     ) -> Result<Vec<Result<DeviceRow, DamagedDevice>>, Error>;
 
-    /// Returns at most `limit` devices of all members after a place, in the order of their places. A row whose place cannot be
+    /// Returns at most `limit` devices of all members after an address, in the order of their addresses. A row whose address cannot be
     /// read ends the pages with an error.
     async fn devices_after(
         &self,
@@ -427,12 +427,12 @@ pub trait Devices: Send + Sync {
     /// Returns a request for access.
     async fn access_request(&self, id: AccessRequestId) -> Result<Option<AccessRow>, Error>;
 
-    /// Returns one page of the wanted requests with their places, newest first. A row whose place cannot be read ends the page with an
+    /// Returns one page of the wanted requests with their positions, newest first. A row whose position cannot be read ends the page with an
     /// error.
     async fn access_requests(
         &self,
         wanted: &AccessQuery,
-    ) -> Result<Vec<(AccessPlace, Result<AccessRow, DamagedAccess>)>, Error>;
+    ) -> Result<Vec<(AccessCursor, Result<AccessRow, DamagedAccess>)>, Error>;
 
     /// Returns the requests with the latest decisions about these users, the latest decision first.
     async fn access_decisions(

@@ -102,7 +102,7 @@ impl StdError for Detail {
 
 /// A pooler between the broker and PostgreSQL shares one session between several clients.
 #[derive(Debug, thiserror::Error)]
-#[error("a pooler in front of PostgreSQL gives one session to several clients")]
+#[error("a connection pooler shares one PostgreSQL session between several clients")]
 pub(super) struct SharedSession {
     /// The error of the driver that revealed the shared session, if any.
     pub(super) source: Option<sqlx::Error>,
@@ -151,7 +151,10 @@ pub enum Error {
     InUse(String),
     /// The connection was lost while a change was committed, and the store could not find out
     /// whether the change was made.
-    #[error("the outcome of the change is not known: {0}")]
+    #[error(
+        "the outcome of the change is not known: {0}; repeat the call with the same request id, or find out whether the change \
+         was made before you repeat it"
+    )]
     OutcomeUnknown(#[source] Detail),
     /// The connection was lost or refused, so another connection may succeed. The store converts this error into [`Self::Down`]
     /// before it returns the error to a caller.
@@ -162,7 +165,7 @@ pub enum Error {
     #[error("the database is busy: {0}")]
     Busy(#[source] Detail),
     /// The database is unavailable, full, read-only or slow.
-    #[error("store unavailable: {0}")]
+    #[error("database unavailable: {0}")]
     Down(#[source] Detail),
 }
 
@@ -249,7 +252,7 @@ mod tests {
         let text = error.to_string();
         assert_eq!(
             text,
-            "store unavailable: cannot use the database: error communicating with database: connection refused; check \
+            "database unavailable: cannot use the database: error communicating with database: connection refused; check \
              `store.url`"
         );
         // A log line that also contains the causes contains each text only once.
@@ -269,7 +272,7 @@ mod tests {
         let shared = Error::Down(Detail::of(SharedSession { source }));
         assert!(shared.is_shared_session());
         assert!(Error::OutcomeUnknown(Detail::of(shared)).is_shared_session());
-        let words = "a pooler in front of PostgreSQL gives one session to several clients";
+        let words = "a connection pooler shares one PostgreSQL session between several clients";
         assert!(!Error::Down(words.into()).is_shared_session());
     }
 

@@ -70,7 +70,7 @@ pub use destruction::{
     UnreadableDestruction,
 };
 pub use device::{
-    ACCESS_REQUESTS_LISTED_MAX, ANSWER_FORM_BYTES_MAX, AccessCounts, AccessDecision, AccessPlace,
+    ACCESS_REQUESTS_LISTED_MAX, ANSWER_FORM_BYTES_MAX, AccessCounts, AccessCursor, AccessDecision,
     AccessQuery, AccessRow, Answer, AskingDevice, Changed, DEVICES_MAX, DamagedAccess,
     DamagedDevice, DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Devices, PEER_BYTES_MAX,
     PendingOnly, Replacement, SealedKeys, TrustedSet,

@@ -13,7 +13,9 @@ use keybroker_core::{
 
 use super::{
     Error, NewRevision, REQUEST_KEPT_US, RecordInfo, RecordState, RequestRecord, RequestStamp,
-    Stamp, StoreId, rows,
+    Stamp, StoreId,
+    error::Detail,
+    rows,
     session::{Session, Value},
     statements::Statements,
     tables::Table,
@@ -356,6 +358,8 @@ pub(super) fn expect_one(affected: u64) -> Result<(), Error> {
         Ok(())
     } else {
         let what = format!("a statement changed {affected} rows instead of one");
-        Err(Error::Corrupt(what.into()))
+        Err(Error::Corrupt(
+            Detail::from(what).remedy("run `keybroker store check`"),
+        ))
     }
 }

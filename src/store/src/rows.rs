@@ -30,8 +30,8 @@ mod device;
 mod rewrap;
 
 pub(super) use device::{
-    access_count_key, access_counts, access_place, access_query_values, access_request,
-    access_request_values, decision_place, device, device_address, device_key, device_values,
+    access_count_key, access_counts, access_cursor, access_query_values, access_request,
+    access_request_values, decision_cursor, device, device_address, device_key, device_values,
     listed_access, listed_device, new_access_request, new_device,
 };
 pub(super) use rewrap::{key_uses, row_under, run, run_values, values_of_uses};

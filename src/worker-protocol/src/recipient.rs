@@ -7,8 +7,11 @@ use std::sync::LazyLock;
 use keybroker_core::key::Fingerprint;
 use rsa::{BigUint, RsaPublicKey, pkcs8::DecodePublicKey as _, traits::PublicKeyParts as _};
 
-use crate::oaep::{self, OaepError};
+use crate::oaep;
 
+/// The permitted lengths of a modulus, in bits. The report on a token tests sealed releases to keys of these lengths. Callers
+/// choose the key, so every other length would be untested.
+const MODULUS_BITS: [usize; 3] = [2_048, 3_072, 4_096];
 /// The only permitted public exponent, big-endian: 65537.
 const EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
 /// A modulus must not have a factor below this number (NIST SP 800-89 section 5.3.3).
@@ -48,17 +51,14 @@ pub enum RecipientError {
     #[error("the public exponent is not 65537")]
     Exponent,
     /// The length of the modulus is not permitted.
-    #[error(transparent)]
-    Length(#[from] OaepError),
-    /// The modulus does not fill its bytes.
-    #[error("a modulus of {0} bits; the number of bits must be a multiple of 8")]
-    Bits(usize),
+    #[error("a modulus of {0} bits; 2048, 3072 or 4096 bits are permitted")]
+    Length(usize),
     /// The modulus is easy to factor.
     #[error("the modulus has a factor below {FACTOR_MIN}, so the key is weak")]
     Weak,
 }
 
-/// An RSA public key with a modulus of 2048 to 4096 bits and the exponent 65537.
+/// An RSA public key with a modulus of 2048, 3072 or 4096 bits and the exponent 65537.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecipientKey {
     spki: Vec<u8>,
@@ -76,13 +76,15 @@ impl RecipientKey {
         if *key.e() != BigUint::from_bytes_be(&EXPONENT) {
             return Err(RecipientError::Exponent);
         }
+        let bits = key.n().bits();
+        if !MODULUS_BITS.contains(&bits) {
+            return Err(RecipientError::Length(bits));
+        }
         let modulus = key.n().to_bytes_be();
-        let (canonical, bits) = oaep::spki(&modulus, &EXPONENT)?;
+        let (canonical, _) =
+            oaep::spki(&modulus, &EXPONENT).map_err(|_| RecipientError::Encoding)?;
         if canonical != spki {
             return Err(RecipientError::Encoding);
-        }
-        if bits != modulus.len() * 8 {
-            return Err(RecipientError::Bits(bits));
         }
         if SMALL_PRIMES
             .iter()
@@ -159,7 +161,11 @@ mod tests {
 
     #[test]
     fn keys_of_the_permitted_sizes_are_accepted() {
-        for (size, bytes) in [(KeySize::Rsa2048, 256), (KeySize::Rsa4096, 512)] {
+        for (size, bytes) in [
+            (KeySize::Rsa2048, 256),
+            (KeySize::Rsa3072, 384),
+            (KeySize::Rsa4096, 512),
+        ] {
             let spki = generated(size);
             let key = RecipientKey::from_spki(&spki).unwrap();
             assert_eq!(key.modulus().len(), bytes);
@@ -201,7 +207,12 @@ mod tests {
             (encoded(&modulus, 65_539), "65537"),
             (encoded(&odd(1_024), 65_537), "1024 bits"),
             (encoded(&odd(2_047), 65_537), "2047 bits"),
-            (encoded(&odd(2_049), 65_537), "multiple of 8"),
+            (encoded(&odd(2_049), 65_537), "2049 bits"),
+            // Lengths in whole bytes between the permitted lengths.
+            (encoded(&odd(2_056), 65_537), "2056 bits"),
+            (encoded(&odd(2_560), 65_537), "2560 bits"),
+            (encoded(&odd(3_064), 65_537), "3064 bits"),
+            (encoded(&odd(4_088), 65_537), "4088 bits"),
             // 751 is the largest prime number below the limit.
             (
                 encoded(&(odd(2_039) * BigUint::from(751_u32)), 65_537),

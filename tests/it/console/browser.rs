@@ -2,10 +2,11 @@
 
 use std::{
     env, fs,
-    io::{self, Read as _, Write as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::TcpStream,
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -15,20 +16,24 @@ use reqwest::{Client, Method};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::sync::oneshot;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use keybroker_test_support::skip::skip_outside_ci;
 
-use super::site::{ConsoleSite, free_port};
+use crate::process::WAIT_MAX;
+
+use super::site::ConsoleSite;
 
 /// The member of an element in an answer (section 11 of the protocol).
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 /// The Tab and the Enter key (section 15.4.2 of the protocol).
 pub(crate) const TAB: &str = "\u{e004}";
-pub(crate) const ENTER: &str = "\u{e007}";
+const ENTER: &str = "\u{e007}";
 pub(crate) const SPACE: &str = " ";
 
-const WAIT_MAX: Duration = Duration::from_secs(20);
+/// Pause between two looks at the browser.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// How the browser is configured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +60,7 @@ impl Drop for Browser {
         let profile = self.profile.path().to_str().unwrap().to_owned();
         let deadline = Instant::now() + Duration::from_secs(5);
         while !processes_with(&profile).is_empty() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
         for pid in processes_with(&profile) {
             // A process that has ended meanwhile needs no signal.
@@ -96,6 +101,26 @@ fn key_digest(site: &ConsoleSite) -> String {
     Base64::encode_string(digest.as_ref())
 }
 
+/// The port on which chromedriver listens, from its output.
+async fn port_in(output: ChildStdout) -> u16 {
+    let (sender, port) = oneshot::channel();
+    thread::spawn(move || {
+        let mut lines = BufReader::new(output).lines().map_while(Result::ok);
+        let port = lines.find_map(|line| {
+            let (_, port) = line.split_once("started successfully on port ")?;
+            port.trim_end_matches('.').parse::<u16>().ok()
+        });
+        if let Some(port) = port {
+            sender.send(port).ok();
+        }
+        // chromedriver would stop at a full pipe.
+        lines.for_each(drop);
+    });
+    let port = tokio::time::timeout(WAIT_MAX, port).await;
+    port.expect("chromedriver starts in time")
+        .expect("chromedriver shows its port")
+}
+
 /// A folder in memory, because a new profile writes so much that other tests would wait for the disk.
 fn in_memory() -> PathBuf {
     let memory = PathBuf::from("/dev/shm");
@@ -119,16 +144,15 @@ impl Browser {
     }
 
     pub(crate) async fn open_with(site: &ConsoleSite, scripts: Scripts) -> Self {
-        let port = free_port();
         let profile = tempfile::Builder::new()
             .prefix("keybroker-chromium-")
             .tempdir_in(in_memory())
             .unwrap();
         let driver = Command::new("chromedriver")
-            .arg(format!("--port={port}"))
+            .arg("--port=0")
             .env("HOME", profile.path())
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
@@ -139,21 +163,17 @@ impl Browser {
                 .timeout(Duration::from_mins(1))
                 .build()
                 .unwrap(),
-            session: format!("http://127.0.0.1:{port}/session"),
+            session: String::new(),
             origin: site.origin.clone(),
             profile,
         };
-        browser.begin(site, port, scripts).await;
+        browser.begin(site, scripts).await;
         browser
     }
 
-    async fn begin(&mut self, site: &ConsoleSite, port: u16, scripts: Scripts) {
-        let status = format!("http://127.0.0.1:{port}/status");
-        let deadline = Instant::now() + WAIT_MAX;
-        while self.client.get(&status).send().await.is_err() {
-            assert!(Instant::now() < deadline, "chromedriver does not answer");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+    async fn begin(&mut self, site: &ConsoleSite, scripts: Scripts) {
+        let port = port_in(self.driver.stdout.take().unwrap()).await;
+        self.session = format!("http://127.0.0.1:{port}/session");
         let arguments = [
             "--headless".to_owned(),
             "--no-sandbox".to_owned(),
@@ -187,7 +207,10 @@ impl Browser {
     /// Ends the session and its browser. Dropping cannot wait for an asynchronous request.
     fn end_session(&self) -> io::Result<()> {
         let url = self.session.trim_start_matches("http://");
-        let (address, path) = url.split_once('/').unwrap();
+        let Some((address, path)) = url.split_once('/') else {
+            // chromedriver has not started.
+            return Ok(());
+        };
         let mut stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(WAIT_MAX))?;
         write!(
@@ -247,7 +270,12 @@ impl Browser {
         text.as_str().unwrap().to_owned()
     }
 
-    /// Waits for an element.
+    /// Waits until an element is there.
+    pub(crate) async fn waits_for(&self, css: &str) {
+        self.element(css).await;
+    }
+
+    /// Waits for an element, and returns its id.
     async fn element(&self, css: &str) -> String {
         let wanted = json!({"using": "css selector", "value": css});
         let deadline = Instant::now() + WAIT_MAX;
@@ -257,7 +285,7 @@ impl Browser {
                 Err(error) if Instant::now() > deadline => {
                     panic!("{css}: {error}: {}", self.html().await)
                 }
-                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(_) => tokio::time::sleep(PAUSE).await,
             }
         }
     }
@@ -272,6 +300,35 @@ impl Browser {
         let id = self.element(css).await;
         let path = format!("/element/{id}/click");
         self.call(Method::POST, &path, json!({})).await;
+    }
+
+    /// The id of the root element. Each document has another one.
+    pub(crate) async fn document(&self) -> String {
+        self.element("html").await
+    }
+
+    /// Waits until another document has replaced the old one. Otherwise, the next command could still read the old document.
+    async fn is_replaced(&self, old: &str) {
+        let deadline = Instant::now() + WAIT_MAX;
+        while self.document().await == old {
+            let is_early = Instant::now() < deadline;
+            assert!(is_early, "no other document: {}", self.html().await);
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Clicks on a link or a button that opens another document, and waits for this document.
+    pub(crate) async fn follow(&self, css: &str) {
+        let old = self.document().await;
+        self.click(css).await;
+        self.is_replaced(&old).await;
+    }
+
+    /// Presses Enter where it opens another document, and waits for this document.
+    pub(crate) async fn press_enter(&self) {
+        let old = self.document().await;
+        self.press(ENTER).await;
+        self.is_replaced(&old).await;
     }
 
     pub(crate) async fn enter(&self, css: &str, text: &str) {
@@ -343,24 +400,25 @@ impl Browser {
         Base64::decode_vec(png.as_str().unwrap()).unwrap()
     }
 
-    /// Waits until the page has an address.
+    /// Waits until the page has an address. An earlier document must have had another address, or be replaced already.
     pub(crate) async fn arrives_at(&self, path: &str) {
         let wanted = format!("{}{path}", self.origin);
         let deadline = Instant::now() + WAIT_MAX;
         while self.url().await != wanted {
-            let shown = self.html().await;
-            assert!(Instant::now() < deadline, "not at {wanted}: {shown}");
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            let is_early = Instant::now() < deadline;
+            assert!(is_early, "not at {wanted}: {}", self.html().await);
+            tokio::time::sleep(PAUSE).await;
         }
     }
 
     /// Signs in at the provider, which asks for a user name.
     pub(crate) async fn sign_in(&self, person: &str) {
         self.go("/").await;
-        self.click("#sign-in").await;
+        self.follow("#sign-in").await;
         self.enter("#username", person).await;
-        self.click("#enter").await;
+        self.follow("#enter").await;
+        // A page after the sign-in leads on to this address.
         self.arrives_at("/").await;
-        self.element("nav").await;
+        self.waits_for("nav").await;
     }
 }

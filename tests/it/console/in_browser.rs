@@ -1,12 +1,14 @@
 //! The page in headless Chromium: sign-in, approve, deny, expiry, two approvers at once, text of attackers, without a mouse, and
 //! without scripts.
 
+use std::time::Duration;
+
 use keybroker_proto::{self as proto, AccessApprover, AccessRequestState};
 
 use crate::devices::member::{App, Member};
 
 use super::{
-    browser::{Browser, ENTER, SPACE, Scripts, TAB, is_installed},
+    browser::{Browser, SPACE, Scripts, TAB, is_installed},
     pages::HOSTILE,
     site::{ConsoleSite, path_of},
 };
@@ -28,7 +30,7 @@ async fn approve(browser: &Browser, asked: &proto::AccessRequest) {
     browser.enter("#word-1", &one).await;
     browser.enter("#word-2", &two).await;
     browser.click("#spoken").await;
-    browser.click("#approve").await;
+    browser.follow("#approve").await;
 }
 
 async fn state(ada: &Member, asked: &proto::AccessRequest) -> AccessRequestState {
@@ -60,13 +62,16 @@ async fn an_approver_decides_in_the_browser() {
     assert_eq!(state(&ada, &first).await, AccessRequestState::Approved);
 
     browser.go(&path_of(&second)).await;
-    // The browser itself requires the words and the confirmation.
+    // The browser itself requires the words and the confirmation, so it sends no form.
+    let document = browser.document().await;
     browser.click("#approve").await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(browser.document().await, document, "the form was sent");
     assert_eq!(state(&ada, &second).await, AccessRequestState::Pending);
     browser.enter("#word-1", "abacus").await;
     browser.enter("#word-2", "abacus").await;
     browser.click("#spoken").await;
-    browser.click("#approve").await;
+    browser.follow("#approve").await;
     assert!(
         browser
             .text(".problem")
@@ -74,13 +79,13 @@ async fn an_approver_decides_in_the_browser() {
             .contains("not the hidden words")
     );
     assert!(browser.title().await.starts_with("Error: "));
-    browser.click("#deny").await;
-    browser.click("#confirm-denial").await;
+    browser.follow("#deny").await;
+    browser.follow("#confirm-denial").await;
     browser.arrives_at(&path_of(&second)).await;
     assert_eq!(browser.text("#state").await, "denied");
     assert_eq!(state(&ada, &second).await, AccessRequestState::Denied);
 
-    browser.click(".person button").await;
+    browser.follow(".person button").await;
     assert_eq!(browser.text("h1").await, "You are signed out");
     browser.go(&path_of(&second)).await;
     assert!(browser.has("#sign-in").await);
@@ -98,7 +103,7 @@ async fn two_approvers_decide_at_the_same_moment() {
     let dave = Browser::signed_in(&site, "dave").await;
     let deny = format!("{}/deny", path_of(&asked));
     dave.go(&deny).await;
-    tokio::join!(approve(&carol, &asked), dave.click("#confirm-denial"));
+    tokio::join!(approve(&carol, &asked), dave.follow("#confirm-denial"));
     // The second approver is told, unless the denial came after the approval and withdrew it.
     let state = state(&ada, &asked).await;
     let shown = [carol.text("h1").await, dave.text("h1").await];
@@ -127,15 +132,7 @@ async fn an_expiry_is_seen_on_the_screen() {
     let script = "const week = 7 * 24 * 3600 * 1000 + 1000; const now = performance.now.bind(performance); \
                   performance.now = () => now() + week";
     browser.script(script).await;
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    while browser.is_enabled("#approve").await {
-        assert!(
-            std::time::Instant::now() < deadline,
-            "{}",
-            browser.html().await
-        );
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    }
+    browser.waits_for("#approve:disabled").await;
     assert_eq!(browser.text(".over").await, "The request has expired.");
     assert_eq!(browser.text(".left").await, "(expired)");
 }
@@ -179,12 +176,12 @@ async fn a_keyboard_is_enough() {
     browser.press(TAB).await;
     assert_eq!(browser.focus().await, "Skip to the content");
     browser.tab_to("sign-in").await;
-    browser.press(ENTER).await;
+    browser.press_enter().await;
     browser.enter("#username", "carol").await;
-    browser.press(ENTER).await;
+    browser.press_enter().await;
     browser.arrives_at("/").await;
     browser.tab_to(&ada.user).await;
-    browser.press(ENTER).await;
+    browser.press_enter().await;
     browser.arrives_at(&path_of(&asked)).await;
     let [one, two] = words(&browser, &asked).await;
     browser.tab_to("word-1").await;
@@ -194,17 +191,17 @@ async fn a_keyboard_is_enough() {
     browser.tab_to("spoken").await;
     browser.press(SPACE).await;
     browser.tab_to("approve").await;
-    browser.press(ENTER).await;
+    browser.press_enter().await;
     browser.arrives_at(&path_of(&asked)).await;
     assert_eq!(browser.text("#state").await, "approved");
     // The withdrawal needs two steps, too.
     browser.tab_to("deny").await;
-    browser.press(ENTER).await;
+    browser.press_enter().await;
     browser
         .arrives_at(&format!("{}/deny", path_of(&asked)))
         .await;
     browser.tab_to("confirm-denial").await;
-    browser.press(ENTER).await;
+    browser.press_enter().await;
     browser.arrives_at(&path_of(&asked)).await;
     assert_eq!(browser.text("#state").await, "revoked");
 }
@@ -225,8 +222,8 @@ async fn scripts_are_not_needed() {
     browser.arrives_at(&path_of(&first)).await;
     assert_eq!(state(&ada, &first).await, AccessRequestState::Approved);
     browser.go(&path_of(&second)).await;
-    browser.click("#deny").await;
-    browser.click("#confirm-denial").await;
+    browser.follow("#deny").await;
+    browser.follow("#confirm-denial").await;
     browser.arrives_at(&path_of(&second)).await;
     assert_eq!(state(&ada, &second).await, AccessRequestState::Denied);
 }

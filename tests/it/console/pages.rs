@@ -173,7 +173,11 @@ async fn an_approver_gives_a_new_device_access() {
 async fn an_approver_denies_and_withdraws() {
     let site = ConsoleSite::open();
     let (ada, _) = site.ada().await;
-    let [first, second] = [site.request(&ada, 2).await, site.request(&ada, 3).await];
+    let [first, second, third] = [
+        site.request(&ada, 2).await,
+        site.request(&ada, 3).await,
+        site.request(&ada, 4).await,
+    ];
     let carol = Visitor::signed_in(&site, "carol").await;
     let dave = Visitor::signed_in(&site, "dave").await;
     let deny = format!("{}/deny", path_of(&first));
@@ -194,7 +198,11 @@ async fn an_approver_denies_and_withdraws() {
     assert_eq!(answer.status, StatusCode::SEE_OTHER, "{}", answer.html);
     let late = dave.post(&deny, &[("token", &of_dave)]).await;
     assert_eq!(late.status, StatusCode::CONFLICT, "{}", late.html);
-    assert!(late.html.contains("The request is denied"), "{}", late.html);
+    assert!(
+        late.html.contains("The request for access is denied"),
+        "{}",
+        late.html
+    );
     let shown = dave.get(&path_of(&first)).await.html;
     assert!(
         shown.contains("<b>denied</b>") && shown.contains(CAROL),
@@ -202,26 +210,33 @@ async fn an_approver_denies_and_withdraws() {
     );
     assert!(dave.get(&deny).await.html.contains("can no longer change"));
 
-    let (html, token) = carol.form(&second).await;
-    let words = heard(&html, &second);
-    let fields = approval(&words, &token);
-    let approved = carol
-        .post(&format!("{}/approve", path_of(&second)), &fields)
-        .await;
-    assert_eq!(approved.status, StatusCode::SEE_OTHER, "{}", approved.html);
-    let deny = format!("{}/deny", path_of(&second));
-    let html = dave.get(&deny).await.html;
-    assert!(html.contains("Withdraw this approval?"), "{html}");
-    let answer = dave
-        .post(&deny, &[("token", &token_of(&html, &deny))])
-        .await;
-    assert_eq!(answer.status, StatusCode::SEE_OTHER, "{}", answer.html);
-    assert!(
-        dave.get(&path_of(&second))
-            .await
-            .html
-            .contains("<b>revoked</b>")
-    );
+    // An approval can be withdrawn, also after the device confirmed the answer.
+    for (asked, is_consumed) in [(&second, false), (&third, true)] {
+        let path = path_of(asked);
+        let (html, token) = carol.form(asked).await;
+        let words = heard(&html, asked);
+        let fields = approval(&words, &token);
+        let approved = carol.post(&format!("{path}/approve"), &fields).await;
+        assert_eq!(approved.status, StatusCode::SEE_OTHER, "{}", approved.html);
+        if is_consumed {
+            ada.fetches(asked, crate::devices::member::CODE)
+                .await
+                .unwrap();
+            ada.confirms(asked).await.unwrap();
+            let shown = dave.get(&path).await.html;
+            assert!(shown.contains("Withdraw the approval"), "{shown}");
+            assert!(!shown.contains("<dt>Expires</dt>"), "{shown}");
+        }
+        let deny = format!("{path}/deny");
+        let html = dave.get(&deny).await.html;
+        assert!(html.contains("Withdraw this approval?"), "{html}");
+        let answer = dave
+            .post(&deny, &[("token", &token_of(&html, &deny))])
+            .await;
+        assert_eq!(answer.status, StatusCode::SEE_OTHER, "{}", answer.html);
+        let shown = dave.get(&path).await.html;
+        assert!(shown.contains("<b>revoked</b>"), "{shown}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -32,13 +32,21 @@ async fn the_pages_have_pictures() {
         .unwrap();
     let browser = Browser::signed_in(&site, "carol").await;
     let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/approvers"));
-    for (name, path, height) in [
-        ("requests", "/".to_owned(), 600),
-        ("request", path_of(&asked), 1_340),
-        ("devices", format!("/devices?user={}", ada.user), 700),
+    for (name, path, title, height) in [
+        ("requests", "/".to_owned(), "Requests", 600),
+        ("request", path_of(&asked), "Request of", 1_340),
+        (
+            "devices",
+            format!("/devices?user={}", ada.user),
+            "Devices",
+            700,
+        ),
     ] {
         browser.resize(height).await;
         browser.go(&path).await;
+        browser.waits_for("nav").await;
+        let shown = browser.title().await;
+        assert!(shown.starts_with(title), "{name}: {shown}");
         let png = browser.screenshot().await;
         assert!(
             png.starts_with(b"\x89PNG") && png.len() < BYTES_MAX,

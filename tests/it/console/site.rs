@@ -1,8 +1,6 @@
 //! A broker with the page for approvers, and an HTTP client that keeps cookies as a browser does.
 
-use std::{
-    collections::BTreeMap, fmt::Write as _, fs, net::TcpListener, sync::Mutex, time::Duration,
-};
+use std::{collections::BTreeMap, fmt::Write as _, fs, sync::Mutex, time::Duration};
 
 use reqwest::{Certificate, Client, Method, StatusCode, header::HeaderMap, redirect};
 use serde_json::{Value, json};
@@ -12,10 +10,10 @@ use keybroker_proto::{self as proto, AccessApprover};
 use crate::{
     devices::member::{App, Member},
     identity::{Client as Registered, Identity, Options as IdentityOptions, user},
-    process::{Broker, until},
-    site::Site,
+    ports::Port,
+    process::Broker,
     softhsm::write_private,
-    tokens::{ADA, start_sealed_on},
+    tokens::{ADA, start_on, start_sealed_on},
 };
 
 /// The user ids of the approvers at the provider.
@@ -32,6 +30,8 @@ pub(crate) struct ConsoleSite {
     pub(crate) broker: Broker,
     /// The origin of the page.
     pub(crate) origin: String,
+    /// The port of the page. The provider must know the address of the page before the broker starts.
+    _port: Port,
 }
 
 /// What a test wants otherwise than the default.
@@ -41,12 +41,6 @@ pub(crate) struct Wanted {
     pub(crate) console: &'static str,
     /// Lines for the `[devices]` section.
     pub(crate) devices: &'static str,
-}
-
-/// A port that was free a moment ago: the provider must know the address of the page before the broker starts.
-pub(crate) fn free_port() -> u16 {
-    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().port()
 }
 
 fn person(sub: &str, groups: &[&str]) -> Value {
@@ -76,8 +70,9 @@ impl ConsoleSite {
     }
 
     pub(crate) fn open_with(wanted: &Wanted) -> Self {
-        let port = free_port();
-        let origin = format!("https://localhost:{port}");
+        let port = Port::reserve();
+        let number = port.number();
+        let origin = format!("https://localhost:{number}");
         let identity = Identity::start(IdentityOptions {
             clients: vec![Registered {
                 id: CLIENT_ID.to_owned(),
@@ -119,7 +114,7 @@ external_url = "{origin}"
 {console}
 
 [[listener]]
-address = "127.0.0.1:{port}"
+address = "127.0.0.1:{number}"
 apis = ["console"]
 client_certificates = "none"
 tls = {{ certificate_file = "{certificate}", key_file = "{key}" }}
@@ -135,6 +130,7 @@ tls = {{ certificate_file = "{certificate}", key_file = "{key}" }}
             identity,
             broker,
             origin,
+            _port: port,
         }
     }
 
@@ -146,12 +142,7 @@ tls = {{ certificate_file = "{certificate}", key_file = "{key}" }}
             assert!(text.contains(before), "{text}");
             *text = text.replacen(before, &format!("failures_per_minute = {count}"), 1);
         });
-        let key_sets = |site: &Site| site.log().matches("key set taken over").count();
-        let before = key_sets(&site);
-        let broker = Broker::start_on(site);
-        until("the key set", || {
-            (key_sets(&broker.site) > before).then_some(())
-        });
+        let broker = start_on(site);
         Self { broker, ..self }
     }
 

@@ -1,10 +1,17 @@
 //! A hostile server, a hostile network, and a writer of the database.
 
 use aws_lc_rs::rsa::KeySize;
-use rsa::{BigUint, RsaPublicKey, pkcs8::EncodePublicKey as _};
+use base64ct::{Base64, Encoding as _};
+use rsa::{
+    BigUint, RsaPublicKey,
+    pkcs8::{DecodePublicKey as _, EncodePublicKey as _},
+    traits::PublicKeyParts as _,
+};
 
 use super::desk::{Desk, Device, KeyPair};
 use crate::bitwarden::Answer;
+
+mod prompt;
 
 #[track_caller]
 fn refused(desk: &Desk, request: &str, words: &str) {
@@ -184,6 +191,20 @@ fn public_keys_that_are_weak_or_malformed_get_nothing() {
     desk.ok(&["approve", &request, "--yes"]);
 }
 
+/// A wrapped key plus the modulus of the organisation: RSA opens it to the same user key, and its digest is another one.
+fn second_spelling(organization: &KeyPair) -> String {
+    let key = RsaPublicKey::from_public_key_der(&organization.spki).unwrap();
+    loop {
+        let wrapped = organization.wrap(&[1; 64]);
+        let wrapped = Base64::decode_vec(wrapped.strip_prefix("4.").unwrap()).unwrap();
+        let sum = (BigUint::from_bytes_be(&wrapped) + key.n()).to_bytes_be();
+        // The sum is longer than the modulus for some keys.
+        if sum.len() == wrapped.len() {
+            return format!("4.{}", Base64::encode_string(&sum));
+        }
+    }
+}
+
 #[test]
 fn keys_that_are_not_of_the_organisation_are_not_released() {
     let desk = Desk::new();
@@ -200,6 +221,7 @@ fn keys_that_are_not_of_the_organisation_are_not_released() {
     for (key, words) in [
         (foreign, "cannot be unwrapped"),
         (damaged, "cannot be unwrapped"),
+        (second_spelling(&desk.organization), "not below the modulus"),
         ("4.AAAA".to_owned(), "256 bytes"),
         ("3.AAAA".to_owned(), "type 3"),
         ("x".repeat(5_000), "too long"),
@@ -209,6 +231,28 @@ fn keys_that_are_not_of_the_organisation_are_not_released() {
         let request = desk.request(&ada, &Device::new());
         refused(&desk, &request, words);
     }
+}
+
+/// A server can invent any number of members.
+#[test]
+fn one_command_pins_a_limited_number_of_new_keys() {
+    let desk = Desk::new();
+    desk.append("automatic_per_hour = 2\n");
+    let device = Device::new();
+    for number in 0..101 {
+        let (member, _) = desk.member(&format!("{number}@example.org"));
+        desk.request(&member, &device);
+    }
+    let listed = desk.ok(&["list"]);
+    let is_refused = |row: &&serde_json::Value| {
+        let problem = row["problem"].as_str().unwrap_or_default();
+        problem.contains("too many new keys")
+    };
+    let rows = listed.as_array().unwrap();
+    assert_eq!(rows.len(), 101);
+    assert_eq!(rows.iter().filter(is_refused).count(), 1);
+    let pins = "SELECT count(*) FROM bitwarden_member_keys";
+    assert_eq!(desk.site.sql(pins).trim(), "100");
 }
 
 #[test]

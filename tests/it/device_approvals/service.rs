@@ -11,9 +11,11 @@ use super::desk::{DEVICE, Desk, Device};
 use crate::{
     faulty::{Fault, code},
     faulty_token::put_before,
-    process::{send, until},
+    process::{WAIT_MAX, send, until, until_within},
     softhsm::write_private,
 };
+
+mod fairness;
 
 const POLICY: &str = r#"
     @id("fleet")
@@ -218,8 +220,10 @@ fn the_service_goes_on_after_the_token_and_the_server_were_gone() {
     let faulty = put_before(&desk.site);
     configure(&desk, "", "permit (principal, action, resource);");
     let service = Running::start(&desk);
+    // The pause between two rounds doubles with each failure.
+    let wait = 4 * WAIT_MAX;
     let says = |words: &str| {
-        until(words, || log(&desk).contains(words).then_some(()));
+        until_within(wait, words, || log(&desk).contains(words).then_some(()));
     };
     says("every 5 s");
     // The token is gone in the middle of an approval.
@@ -234,7 +238,7 @@ fn the_service_goes_on_after_the_token_and_the_server_were_gone() {
     faulty.clear("C_UnwrapKey");
     says("503");
     desk.server.answer(&desk.server.requests_path(), None);
-    until("an approval", || desk.server.decisions().pop());
+    until_within(wait, "an approval", || desk.server.decisions().pop());
     assert_eq!(device.open(&desk.server.decisions()[0]), user_key);
     // A person can use the same embedded database meanwhile.
     assert_eq!(desk.ok(&["list"]).as_array().unwrap().len(), 0);

@@ -73,6 +73,26 @@ async fn many_requests_of_one_member_raise_one_alert_also_after_a_restart() {
     );
 }
 
+/// A request of the same device replaces its pending one, so the database has only the last request.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_replace_each_other_raise_the_alert() {
+    let service = Identity::start(Options::default());
+    let broker = start_sealed_with(&service, "access_requests_per_hour = 3", &mappings());
+    let (ada, _) = Member::with_first_device(&broker, &service, ADA).await;
+    let app = App::new(2);
+    for number in 1..=5 {
+        let asked = ada.asks(&app, AccessApprover::Administrator);
+        asked.await.unwrap();
+        let expected = usize::from(number > 3);
+        assert_eq!(
+            raised(&broker, "frequent-access-requests"),
+            expected,
+            "{number}"
+        );
+    }
+    assert_eq!(ada.requests().await.len(), 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn many_approvals_of_one_person_raise_one_alert() {
     const ALERT: &str = "frequent-approvals";

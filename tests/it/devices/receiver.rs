@@ -18,7 +18,7 @@ use axum::{
 use base64ct::{Base64, Encoding as _};
 use serde_json::Value;
 
-use crate::{https::Server, pki::Pki, process::until, softhsm::write_private};
+use crate::{https::Server, pki::Pki, ports::Port, process::until, softhsm::write_private};
 
 const BODY_BYTES_MAX: usize = 64 * 1024;
 /// The old and the new secret.
@@ -52,18 +52,18 @@ struct State {
 
 pub(super) struct Receiver {
     pki: Pki,
-    address: SocketAddr,
     state: Arc<Mutex<State>>,
     server: Option<Server>,
+    port: Port,
 }
 
 impl Receiver {
     pub(super) fn start() -> Self {
         let mut receiver = Self {
             pki: Pki::fresh(),
-            address: SocketAddr::from(([127, 0, 0, 1], 0)),
             state: Arc::default(),
             server: None,
+            port: Port::reserve(),
         };
         receiver.resume();
         let secrets = SECRETS.map(|secret| format!("whsec_{}", Base64::encode_string(&secret)));
@@ -79,8 +79,8 @@ impl Receiver {
             self.pki.certificate_file("server"),
             self.pki.key_file("server"),
         ];
-        let server = Server::start(self.address, &certificate, &key, router);
-        self.address = server.address();
+        let address = SocketAddr::from(([127, 0, 0, 1], self.port.number()));
+        let server = Server::start(address, &certificate, &key, router);
         self.server = Some(server);
     }
 
@@ -105,7 +105,7 @@ impl Receiver {
         write!(
             text,
             "\n[notices]\nurl = \"https://localhost:{}/hook?for=keybroker\"\nsecret_file = \"{}\"\nca_file = \"{}\"\n{lines}\n",
-            self.address.port(),
+            self.port.number(),
             self.secret_file().display(),
             authority.display()
         )

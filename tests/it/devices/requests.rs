@@ -10,7 +10,7 @@ use crate::{
     client::{Caller, NAME, refused},
     identity::{Identity, Options},
     process::Broker,
-    tokens::{ADA, start},
+    tokens::{ADA, start, start_as},
 };
 use keybroker_proto::DeleteUserKeyRequest;
 
@@ -198,17 +198,13 @@ fn ahead(broker: Broker, seconds: i64) -> Broker {
         .status()
         .unwrap();
     assert!(made.success());
-    std::fs::remove_file(site.ready_file()).unwrap();
-    let broker = Broker::start_as(site, |site| {
+    start_as(site, |site| {
         let mut command = site.serve();
         command
             .env("LD_PRELOAD", &library)
             .env("KEYBROKER_TEST_CLOCK", seconds.to_string());
         command
-    });
-    let is_ready = || broker.site.log().matches("key set taken over").count() > 1;
-    crate::process::until("the key set", || is_ready().then_some(()));
-    broker
+    })
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,6 +30,8 @@ use base64ct::{Base64, Base64UrlUnpadded, Encoding as _};
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 
+use crate::ports::Port;
+
 mod sign_in;
 
 pub use sign_in::{AUTHORIZE, Client, TOKEN};
@@ -78,6 +80,8 @@ pub struct Answer {
 #[derive(Debug)]
 pub struct Identity {
     address: SocketAddr,
+    /// Its port, unless the options have the address.
+    _port: Option<Port>,
     service: Arc<Service>,
     running: Option<Running>,
 }
@@ -115,8 +119,10 @@ struct Key {
 impl Identity {
     /// Starts the service with one key.
     pub fn start(options: Options) -> Self {
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let listener = TcpListener::bind(options.address.unwrap_or(any)).unwrap();
+        let port = options.address.is_none().then(Port::reserve);
+        let number = port.as_ref().map_or(0, Port::number);
+        let own = SocketAddr::from(([127, 0, 0, 1], number));
+        let listener = TcpListener::bind(options.address.unwrap_or(own)).unwrap();
         let address = listener.local_addr().unwrap();
         let url = format!("http://{address}");
         let service = Arc::new(Service {
@@ -129,6 +135,7 @@ impl Identity {
         service.state().add_key();
         Self {
             address,
+            _port: port,
             running: Some(Running::on(listener, &service)),
             service,
         }

@@ -12,6 +12,7 @@ pub mod faulty;
 pub mod https;
 pub mod identity;
 pub mod pooler;
+pub mod ports;
 pub mod servers;
 pub mod skip;
 pub mod softhsm;

@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     os::unix::net::UnixStream,
     process::{Child, Stdio},
     thread,
@@ -11,7 +10,10 @@ use std::{
 
 use keybroker_store::Settings;
 
-use crate::servers::{Server, give, socket_settings, unprivileged};
+use crate::{
+    ports::Port,
+    servers::{Server, give, socket_settings, unprivileged},
+};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -20,6 +22,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(30);
 pub struct Pooler {
     child: Child,
     settings: Settings,
+    _port: Port,
 }
 
 impl Pooler {
@@ -27,11 +30,7 @@ impl Pooler {
     pub fn start(server: &Server, database: &str, mode: &str) -> Self {
         let folder = server.folder().join(mode);
         fs::create_dir(&folder).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = Port::reserve();
         let socket = server.socket();
         let server_port = socket.extension().unwrap().to_str().unwrap();
         let configuration = folder.join("pgbouncer.ini");
@@ -47,6 +46,7 @@ impl Pooler {
                  pool_mode = {mode}\n",
                 server_folder = server.folder().display(),
                 folder = folder.display(),
+                port = port.number(),
             ),
         )
         .unwrap();
@@ -58,7 +58,7 @@ impl Pooler {
             .stdin(Stdio::null())
             .spawn()
             .expect("pgbouncer is not installed; run scripts/install.sh");
-        let socket = folder.join(format!(".s.PGSQL.{port}"));
+        let socket = folder.join(format!(".s.PGSQL.{}", port.number()));
         let begun = Instant::now();
         while UnixStream::connect(&socket).is_err() {
             assert!(begun.elapsed() < STARTED_WITHIN, "pgbouncer does not start");
@@ -68,6 +68,7 @@ impl Pooler {
         Self {
             child,
             settings: socket_settings(url),
+            _port: port,
         }
     }
 

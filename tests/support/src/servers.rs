@@ -4,7 +4,6 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::TcpListener,
     os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -16,6 +15,8 @@ use std::{
 use keybroker_store::Settings;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+use crate::ports::Port;
 
 /// How long a server may take to start or to stop, on a machine that is busy with other tests.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
@@ -40,7 +41,7 @@ pub struct Server {
     folder: TempDir,
     /// Files of its clients: the server's folder belongs to the user it runs as, whom the broker does not trust.
     client: TempDir,
-    port: u16,
+    port: Port,
     arguments: Vec<String>,
     child: Option<Child>,
     databases: AtomicU32,
@@ -151,11 +152,7 @@ impl Server {
         give(&data, 0o700);
         let mut server = Self {
             kind,
-            port: TcpListener::bind("127.0.0.1:0")
-                .unwrap()
-                .local_addr()
-                .unwrap()
-                .port(),
+            port: Port::reserve(),
             arguments: arguments(folder.path()),
             folder,
             client: tempfile::tempdir().unwrap(),
@@ -222,7 +219,7 @@ impl Server {
                     "-k",
                     &folder,
                     "-p",
-                    &self.port.to_string(),
+                    &self.port.number().to_string(),
                 ]);
                 command.args([
                     "-c",
@@ -243,7 +240,7 @@ impl Server {
                 command.arg(format!("--socket={}", self.socket().display()));
                 command
                     .arg(format!("--pid-file={folder}/pid"))
-                    .arg(format!("--port={}", self.port));
+                    .arg(format!("--port={}", self.port.number()));
                 command.args(["--bind-address=127.0.0.1", "--innodb-buffer-pool-size=16M"]);
                 command.args(["--innodb-log-file-size=16M", "--performance-schema=OFF"]);
                 command
@@ -288,7 +285,7 @@ impl Server {
     /// Path of the socket that the server listens on.
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join(match self.kind {
-            Kind::PostgreSql => format!(".s.PGSQL.{}", self.port),
+            Kind::PostgreSql => format!(".s.PGSQL.{}", self.port.number()),
             Kind::MariaDb => "socket".to_owned(),
         })
     }
@@ -372,7 +369,8 @@ impl Server {
                     "admin",
                 ]);
                 command.args(["-h", &self.folder.path().display().to_string()]);
-                command.args(["-p", &self.port.to_string(), "-d", database, "-f", "-"]);
+                let port = self.port.number().to_string();
+                command.args(["-p", &port, "-d", database, "-f", "-"]);
                 command
             }
             Kind::MariaDb => {
@@ -496,7 +494,7 @@ impl Server {
             password_file: Some(file),
             ..Settings::new(format!(
                 "{scheme}://keybroker@{host}:{}/{database}",
-                self.port
+                self.port.number()
             ))
         }
     }

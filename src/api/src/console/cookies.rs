@@ -9,6 +9,8 @@ use base64ct::{Base64UrlUnpadded, Encoding as _};
 
 use keybroker_core::error::{Error, Reason};
 
+use super::logins::LOGIN_LIFETIME;
+
 /// Bytes of randomness of a cookie.
 const RANDOM_BYTES: usize = 32;
 
@@ -35,20 +37,24 @@ impl Cookie {
     const fn attributes(self) -> &'static str {
         match self {
             Self::Session => "Path=/; Secure; HttpOnly; SameSite=Strict",
-            Self::Login => "Path=/; Secure; HttpOnly; SameSite=Lax; Max-Age=600",
+            Self::Login => "Path=/; Secure; HttpOnly; SameSite=Lax",
         }
     }
 
     /// The header that stores a value in the browser.
     pub(super) fn set(self, value: &Value) -> HeaderValue {
         let (name, attributes) = (self.name(), self.attributes());
-        header_value(&format!("{name}={}; {attributes}", value.0))
+        let lifetime = match self {
+            // The browser keeps it until it ends; the broker ends the session earlier.
+            Self::Session => String::new(),
+            Self::Login => format!("; Max-Age={}", LOGIN_LIFETIME.as_secs()),
+        };
+        header_value(&format!("{name}={}; {attributes}{lifetime}", value.0))
     }
 
     /// The header that removes the cookie from the browser.
     pub(super) fn clear(self) -> HeaderValue {
         let (name, attributes) = (self.name(), self.attributes());
-        let attributes = attributes.trim_end_matches("; Max-Age=600");
         header_value(&format!("{name}=; {attributes}; Max-Age=0"))
     }
 
@@ -70,7 +76,7 @@ impl Cookie {
 }
 
 fn header_value(text: &str) -> HeaderValue {
-    HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+    HeaderValue::from_str(text).expect("names, attributes and Base64url are ASCII")
 }
 
 fn sha256(bytes: &[u8]) -> Digest {

@@ -4,7 +4,7 @@
 
 use axum::http::StatusCode;
 
-use keybroker_broker::{AccessPage, AccessPlace, AdministratorApproval};
+use keybroker_broker::{AccessCursor, AccessDenial, AccessPage, AdministratorApproval};
 use keybroker_core::{
     call::Timestamp,
     error::{Error, Reason},
@@ -30,7 +30,7 @@ const WORDS: [&str; 2] = ["word-1", "word-2"];
 /// Lists the pending requests.
 pub(super) async fn pending(context: &Context, visit: &Visit) -> Answer {
     let wanted = AccessPage {
-        after: place(visit.fields.value("after")),
+        after: cursor(visit.fields.value("after")),
         ..AccessPage::from(false)
     };
     let listed = context
@@ -46,8 +46,8 @@ pub(super) async fn pending(context: &Context, visit: &Visit) -> Answer {
     Ok(answer::page(StatusCode::OK, &page))
 }
 
-/// Reads the place after which a page begins. Without a valid place, the first page is shown.
-fn place(text: &str) -> Option<AccessPlace> {
+/// Reads the cursor after which a page begins. Without a valid cursor, the first page is shown.
+fn cursor(text: &str) -> Option<AccessCursor> {
     let (at, id) = text.split_once('.')?;
     let at = Timestamp::from_micros(at.parse().ok()?);
     Some((at, AccessRequestId::from_hex(id)?))
@@ -88,7 +88,7 @@ async fn show(
         is_first_approver: first == Some(visit.principal().name()),
         approve: visit
             .is_recent(context)
-            .then(|| visit.session.token(&approval(id))),
+            .then(|| visit.session.token(&purpose_of_approval(id))),
         request,
         refused,
     };
@@ -107,17 +107,17 @@ async fn found(
     Ok(AccessRequest::from(&view))
 }
 
-fn approval(id: AccessRequestId) -> String {
+fn purpose_of_approval(id: AccessRequestId) -> String {
     format!("approve {id}")
 }
 
-fn denial(id: AccessRequestId) -> String {
+fn purpose_of_denial(id: AccessRequestId) -> String {
     format!("deny {id}")
 }
 
 /// Approves a request with the two words that the approver heard from the member.
 pub(super) async fn approve(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
-    visit.check_token(&approval(id))?;
+    visit.check_token(&purpose_of_approval(id))?;
     visit.check_recent(context, &sign_in::address(Some(id)))?;
     let words = WORDS.map(|name| visit.fields.value(name).trim().to_owned());
     let refused = refused_input(visit, &words);
@@ -168,18 +168,23 @@ pub(super) async fn deny(context: &Context, visit: &Visit, id: AccessRequestId) 
     if !request.is_pending() && (visit.is_form || request.is_deniable()) {
         visit.check_recent(context, &sign_in::address(Some(id)))?;
     }
+    let denial = AccessDenial {
+        // Another approver can approve the request after it was read here.
+        only_pending: !visit.is_recent(context),
+        ..AccessDenial::from(id)
+    };
     if !visit.is_form {
         let page = pages::Deny {
             frame: visit.frame(""),
             request,
-            token: visit.session.token(&denial(id)),
+            token: visit.session.token(&purpose_of_denial(id)),
         };
         return Ok(answer::page(StatusCode::OK, &page));
     }
-    visit.check_token(&denial(id))?;
+    visit.check_token(&purpose_of_denial(id))?;
     let denied = context
         .broker
-        .deny_access(visit.principal(), &visit.call, id);
+        .deny_access(visit.principal(), &visit.call, denial);
     match denied.await {
         Ok(_) => Ok(answer::see_other(&format!("/requests/{id}"))),
         Err(error) => Err(visit
@@ -193,10 +198,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_read_as_it_is_written() {
+    fn a_cursor_is_read_as_it_is_written() {
         let id = AccessRequestId::from_bytes([7; 16]);
         let at = Timestamp::from_micros(1_764_533_103_000_001);
-        assert_eq!(place(&format!("{}.{id}", at.micros())), Some((at, id)));
+        assert_eq!(cursor(&format!("{}.{id}", at.micros())), Some((at, id)));
         for bad in [
             "",
             ".",
@@ -206,7 +211,7 @@ mod tests {
             &format!("1.{id}0"),
             &format!("{id}.1"),
         ] {
-            assert_eq!(place(bad), None, "{bad}");
+            assert_eq!(cursor(bad), None, "{bad}");
         }
     }
 }

@@ -29,7 +29,7 @@ use super::cookies::{Cookie, Digest, Value};
 /// networks have the most, it ends the oldest sign-in of all of them. Sign-ins with a session end only for other sign-ins with one.
 const LOGINS_MAX: usize = 1_024;
 /// Time within which a sign-in must end.
-const LOGIN_LIFETIME: Duration = Duration::from_mins(10);
+pub(super) const LOGIN_LIFETIME: Duration = Duration::from_mins(10);
 
 /// Highest number of concurrent exchanges of sign-ins without a session.
 const EXCHANGES_MAX: usize = 8;
@@ -96,7 +96,7 @@ impl Logins {
     pub(super) fn keep(&self, login: Login) -> Result<Value, Error> {
         let (value, digest) = Value::fresh()?;
         let mut kept = self.kept();
-        // The browser of a session has one cookie for sign-ins, so an earlier sign-in of the session cannot end any more.
+        // The browser of a session has one cookie for sign-ins, so an earlier sign-in of the session can no longer be completed.
         kept.retain(|_, one| {
             let is_superseded = one.has_session() && one.replaces == login.replaces;
             one.started.elapsed() < LOGIN_LIFETIME && !is_superseded

@@ -102,6 +102,10 @@ pub(super) async fn finish(
         // The code of this sign-in is gone, so the browser must begin again and not repeat the address.
         failure.with_link(address(login.request), "Sign in again")
     })?;
+    // A sign-in is a call of this person. A person without the role has no session whose requests are counted, and each
+    // refusal below has an audit entry.
+    let counted = context.limits.take_calls(&principal, 1);
+    counted.map_err(|error| refused(context, caller, call, &error))?;
     check_role(context, &principal, call).await?;
     if let Some(replaced) = &login.replaces {
         context.sessions.end(replaced);

@@ -3,7 +3,7 @@
 use keybroker_broker::{AccessView, DeviceView};
 use keybroker_core::{
     call::Timestamp,
-    device::{AccessState, ApprovalRoad, DeviceState},
+    device::{AccessApprover, AccessState, DeviceState},
 };
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
@@ -89,7 +89,7 @@ impl From<&AccessView> for AccessRequest {
                 .as_ref()
                 .map(|decision| (decision.by.clone(), decision.at.into())),
             first_approver: row.first_approved_by.clone(),
-            is_for_administrator: row.road == ApprovalRoad::Administrator,
+            is_for_administrator: row.approver == AccessApprover::Administrator,
             is_verified: view.is_verified,
             is_altered: view.is_altered,
         }
@@ -101,9 +101,15 @@ impl AccessRequest {
         self.state == AccessState::Pending
     }
 
-    /// Whether a denial changes the state: of a pending request, or of an approval whose answer was not consumed.
+    /// Whether a denial changes the state: of a pending request, or of an approval, also after its answer was consumed.
     pub(super) fn is_deniable(&self) -> bool {
-        matches!(self.state, AccessState::Pending | AccessState::Approved)
+        let may_become = |state| self.state.may_become(state);
+        may_become(AccessState::Denied) || may_become(AccessState::Revoked)
+    }
+
+    /// Whether the request, or the answer, can still expire.
+    pub(super) fn can_expire(&self) -> bool {
+        self.state.is_open()
     }
 
     /// The words that the approver types.

@@ -31,7 +31,7 @@ pub(super) fn revision(number: u64, field: &'static str) -> Result<Revision, Err
 pub(super) fn recipient(recipient: &proto::Recipient) -> Result<Recipient, Error> {
     let key = RecipientKey::from_spki(&recipient.public_key).map_err(|error| {
         let what = format!(
-            "the DER SubjectPublicKeyInfo of an RSA public key of 2048 to 4096 bits with the exponent 65537; this key is refused: {error}"
+            "the DER SubjectPublicKeyInfo of an RSA public key of 2048, 3072 or 4096 bits with the exponent 65537; this key is refused: {error}"
         );
         Error::violation("recipient.public_key", what)
     })?;

@@ -55,7 +55,7 @@ fn rotation(request: &proto::RotateWrappingKeyRequest) -> Result<Rotation, Error
     } = *request;
     let has_others = modulus_bits != 0 || if_older_than_days != 0 || without_backup;
     if back && (has_others || !token.is_empty() || purpose != 0) {
-        return Err(Error::violation("back", "without any other field"));
+        return Err(Error::violation("back", "unset if another field is set"));
     }
     if !token.is_empty() && KeyName::parse(token).is_err() {
         return Err(Error::violation("token", "1 to 64 bytes of [a-z0-9._-]"));
@@ -113,17 +113,17 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
     let is_about_wait = request.destroy_after_days != 0 || !request.destroy_now.is_empty();
     let is_about_destruction = is_about_wait || request.confirm_schedule;
     if is_about_destruction && request.change() != proto::WrappingKeyChange::Destroy {
-        let what = "`destroy_after_days`, `destroy_now` and `confirm_schedule` only with WRAPPING_KEY_CHANGE_DESTROY";
+        let what = "WRAPPING_KEY_CHANGE_DESTROY if `destroy_after_days`, `destroy_now` or `confirm_schedule` is set";
         return Err(Error::violation("change", what));
     }
     if request.confirm_schedule && is_about_wait {
-        let what = "not together with `destroy_after_days` or `destroy_now`";
+        let what = "unset if `destroy_after_days` or `destroy_now` is set";
         return Err(Error::violation("confirm_schedule", what));
     }
     let change = match request.change() {
         proto::WrappingKeyChange::Activate => {
             if request.backup_confirmed && request.without_backup {
-                let what = "not together with `backup_confirmed`";
+                let what = "unset if `backup_confirmed` is set";
                 return Err(Error::violation("without_backup", what));
             }
             return Ok(KeyChange::Activate {
@@ -163,7 +163,7 @@ fn wait(request: &proto::ChangeWrappingKeyStateRequest) -> Result<Wait, Error> {
         (0, _) => Err(Error::violation("destroy_now", "empty or \"irreversibly\"")),
         _ => Err(Error::violation(
             "destroy_now",
-            "not together with `destroy_after_days`",
+            "unset if `destroy_after_days` is set",
         )),
     }
 }

@@ -181,7 +181,11 @@ impl Context {
     ) -> Response<Body> {
         let _in_progress = CallInProgress::new();
         let path = request.uri().path().to_owned();
-        let received = self.memory.receive(request, deadline.instant()).await;
+        let principal = entered.as_ref().map(|entered| entered.principal.name());
+        let received = self
+            .memory
+            .receive(request, principal, deadline.instant())
+            .await;
         // The call keeps its share of the memory until the handler has returned an answer.
         let (mut request, _share) = match received {
             Ok(received) => received,

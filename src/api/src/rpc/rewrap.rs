@@ -23,7 +23,7 @@ pub(super) async fn start(
     let request = request.get_ref();
     let parsed = source(&request.source_wrapping_key_id).and_then(|source| {
         if request.from_compromised && source.is_none() {
-            let what = "only with `source_wrapping_key_id`";
+            let what = "unset, unless `source_wrapping_key_id` is set";
             return Err(Error::violation("from_compromised", what));
         }
         Ok(NewRun {

@@ -163,7 +163,7 @@ impl UserKeyService for UserKeys {
         // If the caller may unwrap none of the keys, the broker refuses the complete batch and
         // writes a single audit entry.
         self.broker
-            .admit(&entered.principal, &entered.call, &keys)
+            .admit(&entered.principal, &entered.call, items.len(), &keys)
             .await
             .map_err(|error| entered.status(&error))?;
         let one = async |item: &proto::UnwrapUserKeyRequest| {

@@ -289,23 +289,20 @@ impl Keys {
                 .after(held.set.kids(), held.begun, set.kids())
         });
         let previous = previous.as_ref().map(|held| &held.set);
-        let set = match previous {
-            // If the key set has not changed, its object is kept, so that access tokens that were verified with the set
-            // stay verified.
-            Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
-            _ => {
-                tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");
-                self.report_refused(&set);
-                Arc::new(set)
-            }
-        };
-        let since = Instant::now();
+        // If the key set has not changed, its object is kept, so that access tokens that were verified with the set stay verified.
+        let unchanged = previous.filter(|previous| previous.digest() == set.digest());
+        let is_new = unchanged.is_none();
+        let set = unchanged.map_or_else(|| Arc::new(set), Arc::clone);
         self.current.store(Some(Arc::new(Held {
-            set,
+            set: Arc::clone(&set),
             begun,
-            since,
+            since: Instant::now(),
             withdrawn,
         })));
+        if is_new {
+            tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");
+            self.report_refused(&set);
+        }
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.take().is_some() {
             tracing::info!(issuer = %self.name, "the issuer's key set is available again");

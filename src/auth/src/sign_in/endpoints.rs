@@ -6,7 +6,6 @@
 //! Mitigation: M30 of `THREAT_MODEL.md`.
 
 use std::{
-    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -14,7 +13,10 @@ use std::{
 use reqwest::Url;
 use tokio::sync::watch;
 
-use keybroker_core::error::{Error, Reason, chain};
+use keybroker_core::{
+    error::{Error, Reason, chain},
+    loopback::is_loopback_host,
+};
 
 use crate::{http::Http, issuer::Settings as Issuer};
 
@@ -221,7 +223,7 @@ impl Last {
 /// Returns the reason why sign-ins must not use an endpoint, or `None` if the endpoint is accepted.
 ///
 /// `allow_http` is the setting of the issuer. It is meant for fetching public keys. Sign-ins send the client secret, codes and ID
-/// tokens, so the setting permits plain http only to this host.
+/// tokens, so the setting permits plain http only to a loopback address.
 pub fn endpoint_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     let Ok(url) = Url::parse(text) else {
         return Some("the value is not a URL");
@@ -233,9 +235,9 @@ pub fn endpoint_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     }
     match url.scheme() {
         "https" => None,
-        "http" if !is_local(&url) => Some(
-            "this URL is plain http, so everyone on the network path could sign in as an approver; use https, also if \
-             the issuer has `allow_http = true`",
+        "http" if !url.host_str().is_some_and(is_loopback_host) => Some(
+            "this URL is plain http, so everyone on the network path could sign in as an approver; use https: \
+             `allow_http` of the issuer permits plain http only to a loopback address, such as http://127.0.0.1:8080",
         ),
         "http" if !allow_http => Some(
             "this URL is plain http; use https, or set `allow_http = true` for the issuer, which permits http to a \
@@ -244,14 +246,6 @@ pub fn endpoint_problem(text: &str, allow_http: bool) -> Option<&'static str> {
         "http" => None,
         _ => Some("this URL is neither https nor http"),
     }
-}
-
-/// Whether the host is a loopback address or `localhost`.
-fn is_local(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    let address = address.parse::<IpAddr>();
-    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use keybroker_core::{
 };
 
 use super::{
+    ACCESS_TOKEN,
     mapping::{access, kind_of},
     refusal::{Cause, Refusal, shown},
 };
@@ -30,13 +31,23 @@ pub(crate) fn identity(
     said: &Said,
     now: Timestamp,
 ) -> Result<(Identity, Timestamp), Refusal> {
+    identity_in(ACCESS_TOKEN, settings, said, now)
+}
+
+/// Does the same for the claims of an access token or an ID token. `noun` is its name in messages.
+pub(super) fn identity_in(
+    noun: &'static str,
+    settings: &Settings,
+    said: &Said,
+    now: Timestamp,
+) -> Result<(Identity, Timestamp), Refusal> {
     check_issued(settings, said, now)?;
     check_scopes(settings, said)?;
-    check_claims(settings, said)?;
+    check_claims(noun, settings, said)?;
     let subject = subject(settings, said)?;
-    let expires =
-        moment(said, "exp").ok_or_else(|| Cause::Claim.because("the access token has no `exp`"))?;
-    check_lifetime(settings, said, expires, now)?;
+    let expires = moment(said, "exp")
+        .ok_or_else(|| Cause::Claim.because(format!("the {noun} has no `exp`")))?;
+    check_lifetime(noun, settings, said, expires, now)?;
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     let until = Timestamp::from_micros(expires.micros().saturating_add(leeway));
     let access = access(settings, said)?;
@@ -89,6 +100,7 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
 /// token that never expires, for example because of a provider's mistake, must be refused. Without
 /// `iat`, the remaining lifetime is checked.
 fn check_lifetime(
+    noun: &'static str,
     settings: &Settings,
     said: &Said,
     expires: Timestamp,
@@ -107,9 +119,9 @@ fn check_lifetime(
         return Ok(());
     }
     let from = if issued.is_some() {
-        "the `iat`"
+        "the `iat`".to_owned()
     } else {
-        "the current time (the access token has no `iat`)"
+        format!("the current time (the {noun} has no `iat`)")
     };
     Err(Cause::Lifetime.because(format!(
         "the `exp` is {life} s after {from}, but `token_lifetime_max_minutes` of the issuer is {minutes}"
@@ -140,11 +152,11 @@ fn check_scopes(settings: &Settings, said: &Said) -> Result<(), Refusal> {
     }
 }
 
-fn check_claims(settings: &Settings, said: &Said) -> Result<(), Refusal> {
+fn check_claims(noun: &'static str, settings: &Settings, said: &Said) -> Result<(), Refusal> {
     for (claim, accepted) in &settings.required_claims {
         let values = texts(said.get(claim));
         if values.is_empty() {
-            return Err(Cause::Claim.because(format!("the access token has no `{claim}`")));
+            return Err(Cause::Claim.because(format!("the {noun} has no `{claim}`")));
         }
         if !accepted.is_empty() && values.is_disjoint(accepted) {
             let values: Vec<&str> = values.iter().map(String::as_str).collect();

@@ -19,6 +19,9 @@ use super::{
     refusal::{Cause, Refusal, shown},
 };
 
+/// The name of an ID token in messages.
+const ID_TOKEN: &str = "ID token";
+
 /// Verifies the ID tokens that one issuer makes for one client.
 #[derive(Debug)]
 pub(crate) struct IdTokens {
@@ -59,22 +62,20 @@ impl IdTokens {
     /// Returns the principal that an ID token identifies. Only the log has the reason of a refusal.
     pub(crate) async fn verify(&self, token: &[u8], nonce: &str) -> Result<Arc<Principal>, Error> {
         self.find(token, nonce).await.map_err(|refusal| {
-            // The checks that ID tokens and access tokens have in common name the access token.
-            let detail = refusal.detail.replace("access token", "ID token");
-            let name = &self.issuer.settings.name;
+            let (name, detail) = (&self.issuer.settings.name, &refusal.detail);
             refusal.error(format!("ID token of the issuer {name:?} refused: {detail}"))
         })
     }
 
     async fn find(&self, token: &[u8], nonce: &str) -> Result<Arc<Principal>, Refusal> {
         if token.len() > self.bytes_max {
-            return Err(Cause::Oversized.because("the access token is too long"));
+            return Err(Cause::Oversized.because("the ID token is too long"));
         }
-        let parts = Parts::read(token)?;
+        let parts = Parts::read(ID_TOKEN, token)?;
         parts.check_id_token_type()?;
         let (claims, is_expired, _) = self.issuer.verify(token, &parts).await?;
         if is_expired {
-            return Err(Cause::Expired.because("the `exp` of the access token has passed"));
+            return Err(Cause::Expired.because("the `exp` of the ID token has passed"));
         }
         check_client(&claims, &self.client_id)?;
         let found = claims.get("nonce").and_then(Value::as_str);
@@ -83,7 +84,7 @@ impl IdTokens {
             return Err(Cause::Claim.because(detail));
         }
         let now = Timestamp::now();
-        let (identity, _) = claims::identity(&self.issuer.settings, &claims, now)?;
+        let (identity, _) = claims::identity_in(ID_TOKEN, &self.issuer.settings, &claims, now)?;
         let leeway_us = i64::from(self.issuer.settings.leeway_s) * 1_000_000;
         let authenticated = identity.claims.authenticated;
         if authenticated.is_some_and(|at| at.micros() > now.micros() + leeway_us) {

@@ -96,8 +96,8 @@ fn values<'a>(claim: &ClaimPath, said: &'a Said) -> Result<Vec<Cow<'a, str>>, Re
     let Some(value) = claim.find(said).map_err(malformed)? else {
         return if is_elsewhere(claim.first(), said) {
             Err(Cause::Overage.because(format!(
-                "the provider left out the claim `{claim}`, because it has too many values for an access token, so the \
-                 roles are unknown; configure the provider to list fewer groups, or use a claim with application roles"
+                "the provider left out the claim `{claim}`, because it has too many values, so the roles are unknown; \
+                 configure the provider to list fewer groups, or use a claim with application roles"
             )))
         } else {
             Ok(Vec::new())

@@ -1,4 +1,4 @@
-//! The parts of an access token before it is verified.
+//! The parts of an access token or an ID token before it is verified.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde_json::{Map, Value};
@@ -16,16 +16,18 @@ const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
 /// The header and the claims, both unverified.
 pub(super) struct Parts {
+    /// The name of the JSON Web Token in messages: `access token` or `ID token`.
+    noun: &'static str,
     header: Map<String, Value>,
     claims: Map<String, Value>,
 }
 
 impl Parts {
-    pub(super) fn read(token: &[u8]) -> Result<Self, Refusal> {
+    pub(super) fn read(noun: &'static str, token: &[u8]) -> Result<Self, Refusal> {
         let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
         let [header, claims, _signature] = parts[..] else {
             return Err(Cause::Malformed.because(format!(
-                "the access token has {} parts instead of three, so it is not a signed JSON Web Token",
+                "the {noun} has {} parts instead of three, so it is not a signed JSON Web Token",
                 parts.len()
             )));
         };
@@ -40,16 +42,22 @@ impl Parts {
                 })
         };
         Ok(Self {
+            noun,
             header: read(header, "header")?,
             claims: read(claims, "payload")?,
         })
+    }
+
+    /// The name of the JSON Web Token in messages: `access token` or `ID token`.
+    pub(super) fn noun(&self) -> &'static str {
+        self.noun
     }
 
     /// Returns the issuer that the access token claims. The value is used only to choose the configuration of an
     /// issuer.
     pub(super) fn issuer(&self) -> Result<&str, Refusal> {
         let issuer = self.claims.get("iss").and_then(Value::as_str);
-        issuer.ok_or_else(|| Cause::Issuer.because("the access token has no `iss`"))
+        issuer.ok_or_else(|| Cause::Issuer.because(format!("the {} has no `iss`", self.noun)))
     }
 
     /// Returns the time of issue that the access token claims, in seconds since 1970.
@@ -63,8 +71,9 @@ impl Parts {
         for member in KEYS_OF_ITS_OWN {
             if self.header.contains_key(member) {
                 return Err(Cause::Header.because(format!(
-                    "the header has `{member}`, but the broker does not trust keys that an access token itself \
-                     contains or refers to"
+                    "the header has `{member}`, but the broker does not trust keys that an {} itself contains or \
+                     refers to",
+                    self.noun
                 )));
             }
         }

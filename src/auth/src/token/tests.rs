@@ -350,6 +350,51 @@ async fn every_bad_token_is_refused_for_its_reason() {
     running.accepted(&service.user_token(ADA)).await;
 }
 
+/// The messages about an ID token name the ID token, and quote the values of its claims as they are.
+#[tokio::test]
+async fn messages_about_an_id_token_keep_the_values_of_its_claims() {
+    let service = Identity::start(Options::default());
+    let running = Running::ready(&service, "").await;
+    let id_tokens = running.tokens.id_tokens("vault", "page").unwrap();
+    let verified = async |edit: Value| {
+        let mut claims = user(ADA);
+        claims["aud"] = json!("page");
+        claims["nonce"] = json!("n");
+        let more = edit.as_object().unwrap().clone();
+        claims.as_object_mut().unwrap().extend(more);
+        let token = service.mint(claims, json!({"typ": "JWT"}));
+        id_tokens.verify(token.as_bytes(), "n").await
+    };
+    verified(json!({})).await.unwrap();
+    for (edit, words) in [
+        (
+            json!({"azp": "the access token page"}),
+            "the `azp` is \"the access token page\", which is another client",
+        ),
+        (json!({"exp": null}), "the ID token has no `exp`"),
+        (json!({"amr": null}), "the ID token has no `amr`"),
+        (
+            json!({"iat": null, "exp": u32::MAX}),
+            "the ID token has no `iat`",
+        ),
+        (
+            json!({"exp": now() - 31}),
+            "the `exp` of the ID token has passed",
+        ),
+    ] {
+        let error = verified(edit).await.unwrap_err();
+        let detail = error.detail();
+        assert!(
+            detail.starts_with("ID token of the issuer \"vault\" refused: "),
+            "{detail}"
+        );
+        assert!(detail.contains(words), "{words}: {detail}");
+    }
+    let error = id_tokens.verify(b"one.two", "n").await.unwrap_err();
+    let words = "the ID token has 2 parts";
+    assert!(error.detail().contains(words), "{error}");
+}
+
 /// An expired access token is reported as renewable only if a renewed access token would be
 /// accepted. Everything except the time is verified first. Otherwise a caller could send an access
 /// token for another service without limit, because such an access token never counts as a failure.

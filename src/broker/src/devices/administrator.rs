@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use keybroker_core::{
     call::{Call, Timestamp},
-    device::{AccessState, ApprovalRoad, PHRASE_TRIES_MAX},
+    device::{AccessApprover, AccessState, PHRASE_TRIES_MAX},
     envelope::Algorithm,
     error::{Error, Reason},
     key::{AccessRequestId, KeyAddress},
@@ -169,7 +169,7 @@ impl Broker {
             return Err(Error::new(Reason::Policy, what).explained("principal", what));
         }
         check_pending(row, now)?;
-        if row.road != ApprovalRoad::Administrator {
+        if row.approver != AccessApprover::Administrator {
             let what =
                 "the request asks for another device of the member, and not for an administrator";
             return Err(wrong_state("access_request_id", what));

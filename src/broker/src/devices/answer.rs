@@ -78,7 +78,7 @@ impl Broker {
                     Ok(view)
                 }
                 state => {
-                    let what = format!("the request is {state}");
+                    let what = format!("the request for access is {state}; make a new request");
                     broker
                         .or_record(&draft, Err(wrong_state("access_request_id", &what)))
                         .await
@@ -103,7 +103,7 @@ impl Broker {
             let state = row.state_at(now);
             if state != AccessState::Approved || row.fetched.is_none() {
                 let what = format!(
-                    "the request is {state}; only an answer that was fetched can be confirmed"
+                    "the request for access is {state}; only a fetched answer can be confirmed: fetch the answer first, or make a new request"
                 );
                 let error = Err(wrong_state("access_request_id", &what));
                 return broker.or_record(&draft, error).await;
@@ -189,7 +189,9 @@ impl Broker {
             return Ok((row, draft));
         }
         self.count_wrong_code(principal, call, &draft, &row).await?;
-        let what = "the access code is wrong";
+        let what = format!(
+            "the access code is wrong; use the code of this request. After {ACCESS_CODE_TRIES_MAX} wrong codes, the request is over"
+        );
         let error = Err(Error::new(Reason::AccessCode, what));
         self.or_record(&draft, error).await
     }

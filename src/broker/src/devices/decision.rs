@@ -39,6 +39,8 @@ pub struct AccessDenial {
     pub id: AccessRequestId,
     /// The signature of a trusted device. A member needs it to end the trust that followed from an approval.
     pub signature: Option<DeviceSignature>,
+    /// Whether only a pending request is denied. The withdrawal of an approval is refused.
+    pub only_pending: bool,
 }
 
 impl From<AccessRequestId> for AccessDenial {
@@ -46,6 +48,7 @@ impl From<AccessRequestId> for AccessDenial {
         Self {
             id,
             signature: None,
+            only_pending: false,
         }
     }
 }
@@ -171,6 +174,9 @@ impl Broker {
         denial: AccessDenial,
         now: Timestamp,
     ) -> Result<DeviceChange, Error> {
+        if denial.only_pending {
+            check_pending(row, now)?;
+        }
         let denied = denied(row, principal, now)?;
         let mut change = match row.state_at(now) {
             AccessState::Pending => DeviceChange::default(),
@@ -280,7 +286,7 @@ pub(super) fn check_pending(row: &AccessRow, now: Timestamp) -> Result<(), Error
     if state == AccessState::Pending {
         return Ok(());
     }
-    let what = format!("the request is {state}; a decision does not change");
+    let what = format!("the request for access is already {state}, and cannot be decided again");
     Err(wrong_state("access_request_id", &what))
 }
 
@@ -316,7 +322,9 @@ fn denied(row: &AccessRow, principal: &Principal, now: Timestamp) -> Result<Acce
             ..row.clone()
         }),
         state => {
-            let what = format!("the request is {state}, which does not change");
+            let what = format!(
+                "the request for access is {state}; only a pending, approved or consumed request can be denied"
+            );
             Err(wrong_state("access_request_id", &what))
         }
     }

@@ -86,7 +86,7 @@ impl Broker {
         let record = self.record_of(principal, call, user, &new.key_name).await?;
         if record.revision != new.revision {
             let what = format!(
-                "the device opens revision {}, but the current revision is {}",
+                "the encrypted keys are for revision {}, but the current revision of the user key is {}; fetch the current user key, and try again",
                 new.revision, record.revision
             );
             return Err(Error::new(Reason::Revision, what));

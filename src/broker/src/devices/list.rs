@@ -15,7 +15,7 @@ use keybroker_core::{
 };
 use keybroker_policy::Resource;
 use keybroker_store::{
-    ACCESS_REQUESTS_LISTED_MAX, AccessPlace, AccessQuery, AccessRow, DamagedAccess, DamagedDevice,
+    ACCESS_REQUESTS_LISTED_MAX, AccessCursor, AccessQuery, AccessRow, DamagedAccess, DamagedDevice,
     DeviceRow, PendingOnly,
 };
 
@@ -113,8 +113,8 @@ impl AccessView {
 
     /// Hides the words that the approver must hear from the member.
     pub(super) fn for_approver(mut self) -> Self {
-        for place in hidden_words(&self.row.code) {
-            self.phrase.words[place] = None;
+        for position in hidden_words(&self.row.code) {
+            self.phrase.words[position] = None;
         }
         self
     }
@@ -125,8 +125,8 @@ pub(super) fn phrase(row: &AccessRow) -> FingerprintPhrase {
     FingerprintPhrase::new(row.device.address.user.as_str(), &row.public_key)
 }
 
-/// The places of the two words that an approver types. They depend on the MAC of the access code, which only the broker and readers of
-/// the database know: a person who knew the places could make a key whose phrase has the right words there, with about 2^26 attempts.
+/// The positions of the two words that an approver types. They depend on the MAC of the access code, which only the broker and readers of
+/// the database know: a person who knew the positions could make a key whose phrase has the right words there, with about 2^26 attempts.
 pub(super) fn hidden_words(code: &Mac) -> [usize; 2] {
     let [first, second, ..] = *code;
     let first = usize::from(first) % FINGERPRINT_PHRASE_WORDS;
@@ -144,7 +144,7 @@ pub struct AccessPage {
     /// Also list the requests that were decided or have expired, and for an approver the own requests.
     pub all: bool,
     /// [`AccessList::next`] of the page before; `None` for the first page.
-    pub after: Option<AccessPlace>,
+    pub after: Option<AccessCursor>,
     /// Number of requests, 1 to [`ACCESS_REQUESTS_LISTED_MAX`].
     pub limit: u32,
 }
@@ -167,8 +167,8 @@ pub struct AccessList {
     pub requests: Vec<AccessView>,
     /// Rows that cannot be read.
     pub damaged: Vec<DamagedAccess>,
-    /// The last place of this page, if there may be another page.
-    pub next: Option<AccessPlace>,
+    /// The last position of this page, if there may be another page.
+    pub next: Option<AccessCursor>,
 }
 
 impl Broker {
@@ -339,7 +339,7 @@ impl Broker {
         };
         let found = within(call, self.store.access_requests(&query)).await?;
         let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= page.limit);
-        let next = found.last().map(|(place, _)| *place).filter(|_| is_full);
+        let next = found.last().map(|(cursor, _)| *cursor).filter(|_| is_full);
         let is_wanted = |row: &AccessRow| {
             page.all || is_member || !self.is_same_person(principal.name(), &row.requested_by)
         };

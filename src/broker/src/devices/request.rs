@@ -6,7 +6,7 @@ use aws_lc_rs::rand;
 
 use keybroker_core::{
     call::{Call, Timestamp},
-    device::{AccessState, ApprovalRoad, DeviceState, VerificationKey},
+    device::{AccessApprover, AccessState, DeviceState, VerificationKey},
     envelope::mac::MacMessage,
     error::{Error, Reason},
     key::{AccessRequestId, DeviceId, ID_BYTES, KeyName, UserId},
@@ -46,7 +46,7 @@ pub struct NewAccessRequest {
     /// The name of the requested user key.
     pub key_name: KeyName,
     /// Who is asked to approve.
-    pub road: ApprovalRoad,
+    pub approver: AccessApprover,
 }
 
 impl Broker {
@@ -74,7 +74,16 @@ impl Broker {
                 fewer_than: Some(MOST),
                 ..DeviceChange::default()
             };
-            broker.commit_devices(&call, &draft, &change, now).await?;
+            let committed = broker.commit_devices(&call, &draft, &change, now).await;
+            if let Err(error) = &committed
+                && error.reason() == Reason::DeviceState
+            {
+                // Another request at the same moment can have been the last one that the limits permit.
+                broker
+                    .check_requests_of_member(&call, &row.device, now)
+                    .await?;
+            }
+            committed?;
             broker.watch_requests(&principal, &call, &user).await;
             Ok(broker.access_view(row))
         })
@@ -111,9 +120,9 @@ impl Broker {
         };
         self.check_requests_of_member(call, &asking, now).await?;
         let id = fresh_id()?;
-        let lifetime = match new.road {
-            ApprovalRoad::Device => self.device_rules.request_lifetime,
-            ApprovalRoad::Administrator => self.device_rules.administrator_lifetime,
+        let lifetime = match new.approver {
+            AccessApprover::Device => self.device_rules.request_lifetime,
+            AccessApprover::Administrator => self.device_rules.administrator_lifetime,
         };
         let token = caller(principal, call);
         let (code_key, code) = self
@@ -124,7 +133,7 @@ impl Broker {
             id,
             signer,
             state: AccessState::Pending,
-            road: new.road,
+            approver: new.approver,
             device: asking,
             key_name: new.key_name,
             public_key: new.public_key,

@@ -142,12 +142,9 @@ impl MadeKey {
         }
     }
 
-    /// Ends the admin worker on a blocking thread.
+    /// Ends the admin worker. The key stays on the token.
     pub(super) async fn close(self) {
-        let ended = tokio::task::spawn_blocking(move || drop(self));
-        if ended.await.is_err() {
-            tracing::error!("the admin worker could not be ended");
-        }
+        end_worker(self.admin.pid(), self).await;
     }
 }
 
@@ -253,6 +250,18 @@ pub(super) async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(from_admin),
         Err(source) => Err(TaskFailed::of(what, source)),
+    }
+}
+
+/// Ends an admin worker on a blocking thread, by dropping the value that owns it. The drop may wait for the process.
+pub(super) async fn end_worker(pid: u32, worker: impl Send + 'static) {
+    if let Err(source) = tokio::task::spawn_blocking(move || drop(worker)).await {
+        let error = TaskFailed::of("ending an admin worker", source);
+        tracing::error!(
+            %error, pid,
+            "cannot end the admin worker, which may still hold a session of the token; if the process still runs, end it by \
+             its process id"
+        );
     }
 }
 

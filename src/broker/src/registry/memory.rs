@@ -329,16 +329,18 @@ impl Broker {
         let recorded = tokio::task::spawn_blocking(search).await;
         let recorded =
             recorded.map_err(|source| TaskFailed::of("reading the audit log", source))?;
-        let recorded = recorded.unwrap_or_else(|error| {
-            tracing::warn!(%error, "cannot compare the registry with the audit log; the state directory is compared all the same");
-            None
-        });
-        if recorded.is_none() {
-            tracing::warn!(
-                "the audit log contains no record of the wrapping-key registry, so an earlier row that was put back is noticed only with \
-                 the state directory; this is expected at the first start of an instance"
-            );
+        match &recorded {
+            Ok(Some(_)) => {}
+            Ok(None) => tracing::warn!(
+                "the audit log has no recent entry `wrapping_key.registry`, so only the state directory can show that an earlier \
+                 registry row was put back; this is normal at the first start of an instance"
+            ),
+            Err(error) => tracing::warn!(
+                %error,
+                "cannot compare the registry with the audit log; the broker compares it only with the state directory"
+            ),
         }
+        let recorded = recorded.ok().flatten();
         self.registry_memory.take_over(recorded.as_ref())
     }
 

@@ -9,6 +9,7 @@ use keybroker_core::{
     key::{Fingerprint, Purpose, RecordId, Revision, Sealing},
     principal::{Action, Principal},
 };
+use keybroker_hsm as hsm;
 use keybroker_hsm::{Recipient, Sealed};
 use keybroker_policy::{KeyPermit, Release};
 
@@ -134,12 +135,36 @@ impl Broker {
             revision: record.info.revision,
         };
         let caller = self.releaser(principal, call);
-        let job = self.token.release(&envelope, context, recipient, &caller);
+        let job = async {
+            let released = self
+                .token
+                .release(&envelope, context, recipient, &caller)
+                .await;
+            // The principal of a release chose the recipient. The principal of an approval did not: the member's device did.
+            if permit.action() == Action::Unwrap
+                && matches!(released, Err(hsm::Error::Recipient(_)))
+            {
+                self.count_refused_recipient(principal);
+            }
+            released
+        };
         Ok(SealedUserKey {
             sealed: within(call, job).await?,
             record: record.info.id,
             revision: record.info.revision,
         })
+    }
+
+    /// Counts a recipient that the token refused as a failed attempt of the principal that chose the recipient. The worker
+    /// repeats a refused job, so each of these calls costs the token the time of many releases.
+    fn count_refused_recipient(&self, principal: &Principal) {
+        if self.limits.fail_principal(principal.name()).is_err() {
+            tracing::warn!(
+                principal = principal.name(),
+                "the token refused too many recipients of one principal; the broker refuses this principal's calls for a \
+                 limited time"
+            );
+        }
     }
 }
 

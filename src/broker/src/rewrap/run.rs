@@ -391,7 +391,11 @@ impl<'b> Run<'b> {
                 let blocked_by = error.reason().as_str();
                 // The cause is logged once, and not every second.
                 if self.progress.blocked_by != blocked_by {
-                    tracing::warn!(%error, "the re-wrap cannot continue at present; the broker tries again every second");
+                    tracing::warn!(
+                        %error,
+                        "the re-wrap cannot continue at present; the broker tries again every second, and `blocked_by` in \
+                         `keybroker rewrap status` shows the reason"
+                    );
                 }
                 blocked_by.clone_into(&mut self.progress.blocked_by);
             }

@@ -125,7 +125,7 @@ impl Token for Tokens {
         _recipient: &Recipient,
         _caller: &Caller,
     ) -> Result<hsm::Sealed, hsm::Error> {
-        Err(hsm::Error::Deadline)
+        Err(hsm::Error::Recipient("a weak key".to_owned()))
     }
 
     async fn rebind(

@@ -100,18 +100,23 @@ pub struct DeviceSignature {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SignatureRefused {
     /// The key did not sign these bytes.
-    #[error("the signature does not verify")]
+    #[error(
+        "the signature does not verify; check the signed fields, their order and the signature key"
+    )]
     Wrong,
     /// The time of the signature is too far from the time of the broker.
-    #[error("the time of the signature differs from the broker's time by more than five minutes")]
+    #[error(
+        "the time of the signature differs from the broker's time by more than five minutes; check the clock of the device"
+    )]
     Time,
-    /// A later signature of the same key was accepted before.
-    #[error("a signature of the same or a later time was accepted before")]
+    /// The broker has already accepted a signature of the same key with the same or a later time.
+    #[error(
+        "the broker has already accepted a signature with the same or a later time; sign again with the current time"
+    )]
     Replayed,
 }
 
 /// The signed bytes. They may contain a user key, so they are overwritten when they are dropped.
-#[derive(Clone, PartialEq, Eq)]
 pub struct Statement(Zeroizing<Vec<u8>>);
 
 impl Statement {

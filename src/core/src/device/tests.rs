@@ -44,12 +44,12 @@ fn each_state_has_a_name_that_is_read_back() {
     for state in AccessState::ALL {
         assert_eq!(AccessState::parse(state.as_str()), Some(state));
     }
-    for road in [ApprovalRoad::Device, ApprovalRoad::Administrator] {
-        assert_eq!(ApprovalRoad::parse(road.as_str()), Some(road));
+    for approver in [AccessApprover::Device, AccessApprover::Administrator] {
+        assert_eq!(AccessApprover::parse(approver.as_str()), Some(approver));
     }
     assert_eq!(DeviceState::parse("Trusted"), None);
     assert_eq!(AccessState::parse(""), None);
-    assert_eq!(ApprovalRoad::parse("admin"), None);
+    assert_eq!(AccessApprover::parse("admin"), None);
 }
 
 fn any_state() -> impl Strategy<Value = AccessState> {
@@ -109,7 +109,7 @@ proptest! {
             let fields: Vec<&[u8]> = fields.iter().map(Vec::as_slice).collect();
             statement(&fields)
         };
-        prop_assert_eq!(bytes(&one) == bytes(&two), one == two);
+        prop_assert_eq!(bytes(&one).as_bytes() == bytes(&two).as_bytes(), one == two);
     }
 }
 

@@ -26,6 +26,15 @@ pub struct OrganizationKey {
     pub attributes: Vec<Finding>,
 }
 
+/// The answer to a request to release a member's user key to a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceRelease {
+    /// The user key, wrapped under the public key of the device.
+    Released(Vec<u8>),
+    /// Why no user key was released: the wrapped key or the public key of the device is not accepted. Another request may succeed.
+    Refused(String),
+}
+
 impl Admin {
     /// Imports the PKCS#8 key of an organisation, makes an integrity key with the same id on the token, checks the attributes
     /// and tests the key. If a check fails, the worker removes both keys. This side overwrites its copies of the key.
@@ -61,15 +70,15 @@ impl Admin {
     }
 
     /// Lets the token unwrap a member's user key with the organisation's key, and wrap it under the public key of a device.
-    /// Fails with [`AdminError::Untrusted`] if the key on the token is not that of the fingerprint, if the public key of the
-    /// device is not permitted, or if the wrapped key does not belong to the organisation.
+    /// Fails with [`AdminError::Untrusted`] if the token or the key on it must not be used, for example because the key is not that of
+    /// the fingerprint.
     pub fn release_to_device(
         &self,
         id: WrappingKeyId,
         fingerprint: Fingerprint,
         wrapped: &[u8],
         recipient: &[u8],
-    ) -> Result<Vec<u8>, AdminError> {
+    ) -> Result<DeviceRelease, AdminError> {
         let job = Job::ReleaseToDevice(ReleaseToDevice {
             key_id: id.as_bytes().to_vec(),
             fingerprint: fingerprint.0.to_vec(),
@@ -77,7 +86,8 @@ impl Admin {
             recipient: recipient.to_vec(),
         });
         match self.worker().ask(job, Duration::ZERO)? {
-            Outcome::ForDevice(released) => Ok(released),
+            Outcome::ForDevice(released) => Ok(DeviceRelease::Released(released)),
+            Outcome::ReleaseRefused(why) => Ok(DeviceRelease::Refused(why)),
             _ => Err(unexpected()),
         }
     }

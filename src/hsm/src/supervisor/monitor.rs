@@ -15,7 +15,7 @@ use keybroker_worker_protocol::{
 
 use crate::{
     Caller, Error,
-    job::{Answer, Job},
+    job::{Answer, Job, Output},
     link::{Link, reap},
     start::EXIT_TIMEOUT,
 };
@@ -127,6 +127,8 @@ impl Supervisor {
         }
         if !job.work.is_self_test() {
             self.measures.operation.record(spent);
+        }
+        if tells_duration(&job, &result) {
             self.queue.served(&job);
         }
         job.answer(result, spent);
@@ -222,6 +224,140 @@ impl Supervisor {
                     return std::future::pending().await;
                 }
             }
+        }
+    }
+}
+
+/// Whether the time of a job tells how long later jobs of its kind take. The estimate of this time is the same for all
+/// callers, so a caller must not be able to raise it.
+///
+/// The worker repeats a job that the token refuses, so the time of a refused job is many times that of other jobs. A job
+/// that ran out of time shows that the token is slow. A sealed release that ran out of time does not: its caller chooses
+/// the recipient, and the worker may have repeated the job because the token refuses the recipient's key.
+fn tells_duration(job: &Job, result: &Result<Output, Error>) -> bool {
+    match result {
+        Ok(_) => true,
+        Err(Error::Deadline) => !matches!(job.work.job(), Some(request::Job::Release(_))),
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keybroker_core::{envelope::Algorithm, key::WrappingKeyId};
+    use keybroker_worker_protocol::wire::{Failure, Release, Unwrap};
+
+    use super::*;
+    use crate::{
+        queue::{Kind, Offer, Operation},
+        supervisor::testing,
+    };
+
+    const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
+    /// Time for which each job occupied its session.
+    const OCCUPIED: Duration = Duration::from_millis(500);
+
+    fn caller() -> Caller {
+        Caller::principal("ada", Deadline::after(Duration::from_mins(1)))
+    }
+
+    fn job(work: request::Job) -> Job {
+        let (done, _answer) = oneshot::channel();
+        Job {
+            work: Work::new(work),
+            caller: caller(),
+            done,
+            abandoned: Abandoned::default(),
+            queued: Instant::now().checked_sub(OCCUPIED).unwrap(),
+            waited: Duration::ZERO,
+            has_alternative: false,
+            retried: true,
+            losses: LOSSES_MAX_GIVEN_UP,
+            span: tracing::Span::none(),
+        }
+    }
+
+    fn unwrap() -> Unwrap {
+        Unwrap {
+            key_id: KEY.as_bytes().to_vec(),
+            ..Unwrap::default()
+        }
+    }
+
+    fn release() -> request::Job {
+        request::Job::Release(Release {
+            envelope: Some(unwrap()),
+            ..Release::default()
+        })
+    }
+
+    fn failure(class: FailureClass) -> Outcome {
+        Outcome::Failure(Failure {
+            class: class.into(),
+            detail: String::new(),
+        })
+    }
+
+    /// The expected time of a job of this kind, after a job ended with this outcome.
+    fn expected_after(work: request::Job, outcome: Outcome, operation: Operation) -> Duration {
+        let supervisor = testing::idle("one", &[KEY]);
+        let link = supervisor.worker_for_test(1, 1, Algorithm::RsaOaepSha256);
+        let reply = Reply {
+            outcome: Some(outcome),
+            ..Reply::default()
+        };
+        supervisor.take(&link, job(work), reply);
+        let offer = supervisor.queue.offer(Kind::new(KEY, operation), &caller());
+        match offer {
+            Offer::InTime(expected) => expected,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Callers can send jobs that fail. The time of these jobs must not refuse the jobs of others.
+    #[tokio::test]
+    async fn only_jobs_that_tell_the_duration_are_measured() {
+        for (work, outcome, operation, is_measured) in [
+            (
+                release(),
+                Outcome::Output(vec![1]),
+                Operation::Release,
+                true,
+            ),
+            (
+                release(),
+                failure(FailureClass::Recipient),
+                Operation::Release,
+                false,
+            ),
+            (
+                release(),
+                failure(FailureClass::Deadline),
+                Operation::Release,
+                false,
+            ),
+            (
+                request::Job::Unwrap(unwrap()),
+                failure(FailureClass::Damaged),
+                Operation::Unwrap,
+                false,
+            ),
+            (
+                request::Job::Unwrap(unwrap()),
+                failure(FailureClass::MacRefused),
+                Operation::Unwrap,
+                false,
+            ),
+            (
+                request::Job::Unwrap(unwrap()),
+                failure(FailureClass::Deadline),
+                Operation::Unwrap,
+                true,
+            ),
+        ] {
+            let what = format!("{outcome:?}");
+            let expected = expected_after(work, outcome, operation);
+            assert_eq!(expected >= OCCUPIED, is_measured, "{what}: {expected:?}");
         }
     }
 }

@@ -160,7 +160,7 @@ impl Who {
         .map_err(|failure| {
             let has_certificate = connection.has_certificate();
             refusal::explain(
-                failure,
+                refusal::with_timeout(failure, connection.timeout()),
                 has_certificate,
                 has_certificate || self.credential.is_given(),
             )

@@ -638,12 +638,17 @@ fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
     if old.fingerprint != key.fingerprint {
-        let what = format!("the key with id {id} on this token is not the registered key");
+        let what = format!(
+            "the key with id {id} on this token is not the registered key: its public key is {}, but the registered public key \
+             is {}; nothing was changed. Restore the token from its backup, or select the right token in the configuration",
+            key.fingerprint, old.fingerprint
+        );
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if old.purpose != key.purpose {
         let what = format!(
-            "key {id} is registered as a {} wrapping key, but its attributes on this token are those of a {} wrapping key",
+            "key {id} is registered as a {} wrapping key, but its attributes on this token are those of a {} wrapping key; \
+             nothing was changed. Restore the token from its backup, or select the right token in the configuration",
             old.purpose.as_str(),
             key.purpose.as_str()
         );

@@ -76,7 +76,7 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
                 context.output.note(&format!("warning: {remark}"));
             }
             return context.output.fields(vec![
-                ("verdict", json!("the policies are good")),
+                ("verdict", json!("the policies are valid")),
                 ("files", json!(summary.files)),
                 ("permits", json!(summary.permits)),
                 ("forbids", json!(summary.forbids)),

@@ -146,8 +146,8 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
     }
     if is_registry {
         context.output.note(
-            "the broker remembered later rows of the registry of wrapping keys, and forgot them now; restart a running broker, so that \
-             it accepts the present rows",
+            "the record of later rows of the wrapping-key registry was removed from the state directory; restart a running \
+             broker, so that it accepts the current rows",
         );
     }
     Ok(())

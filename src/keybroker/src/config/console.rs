@@ -244,12 +244,12 @@ mod tests {
         for (url, allow_http, words) in [
             ("https://login.example.org/token", false, None),
             ("http://127.0.0.1:8080/token", true, None),
-            ("http://localhost:8080/token", true, None),
             (
-                "http://localhost:8080/token",
+                "http://127.0.0.1:8080/token",
                 false,
                 Some("set `allow_http = true`"),
             ),
+            ("http://localhost:8080/token", true, Some("use https")),
             ("http://login.example.org/token", false, Some("use https")),
             ("http://login.example.org/token", true, Some("use https")),
             ("login.example.org", true, Some("not a URL")),

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    net::IpAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
@@ -15,7 +14,10 @@ use zeroize::Zeroizing;
 
 use crate::https;
 use keybroker_broker::NoticeEvent;
-use keybroker_core::trusted_file::{self, Purpose};
+use keybroker_core::{
+    loopback::is_loopback_host,
+    trusted_file::{self, Purpose},
+};
 
 use super::range::{range, wide};
 
@@ -213,21 +215,13 @@ fn url_problem(url: &str) -> Option<&'static str> {
     }
     match parsed.scheme() {
         "https" => None,
-        "http" if is_loopback(&parsed) => None,
+        "http" if parsed.host_str().is_some_and(is_loopback_host) => None,
         "http" => Some(
             "the URL is plain http, so everyone on the network path could read the notices; use https, or a loopback \
              address such as http://127.0.0.1:8080",
         ),
         _ => Some("the URL is neither https nor http"),
     }
-}
-
-/// Whether the host is a loopback address. A name such as `localhost` could have another address.
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    host.parse::<IpAddr>()
-        .is_ok_and(|address| address.is_loopback())
 }
 
 /// The secrets in the text of a secret file.

@@ -13,7 +13,7 @@ use std::{sync::Arc, time::Duration};
 use reqwest::{Client, StatusCode, Url};
 use tokio::{
     sync::mpsc,
-    task::JoinSet,
+    task::{JoinError, JoinSet},
     time::{self, Instant},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -91,6 +91,8 @@ struct Deliveries {
     receiver: Arc<Receiver>,
     turns: Turns,
     stop: CancellationToken,
+    /// Time for the last attempts after `stop`.
+    stop_timeout: Duration,
 }
 
 /// The receiver of all notices.
@@ -133,6 +135,7 @@ impl Deliveries {
             receiver: Arc::new(receiver),
             turns: Turns::default(),
             stop,
+            stop_timeout: STOP_TIMEOUT,
         };
         Ok((sender, deliveries))
     }
@@ -141,21 +144,17 @@ impl Deliveries {
     async fn run(mut self) {
         let mut running = JoinSet::new();
         let mut last = None;
-        loop {
+        let mut is_drained = false;
+        while !(is_drained && running.is_empty()) {
             metrics::NOTICES_WAITING.set_count(self.queue.len() + running.len());
             tokio::select! {
                 () = self.stop.cancelled(), if last.is_none() => {
                     self.queue.close();
-                    last = Some(Instant::now() + STOP_TIMEOUT);
+                    last = Some(Instant::now() + self.stop_timeout);
                 }
                 () = until(last) => break,
-                Some(ended) = running.join_next() => {
-                    if let Err(error) = ended {
-                        metrics::NOTICES.with(["failed"]).increment(1);
-                        tracing::error!(%error, "a delivery of a notice ended unexpectedly");
-                    }
-                }
-                queued = self.queue.recv() => match queued {
+                Some(ended) = running.join_next() => note_end(ended),
+                queued = self.queue.recv(), if !is_drained => match queued {
                     Some((notice, places)) => {
                         let receiver = Arc::clone(&self.receiver);
                         let turns = self.turns.of(&notice);
@@ -165,26 +164,31 @@ impl Deliveries {
                             drop(places);
                         });
                     }
-                    None if running.is_empty() => return,
-                    None => self.wait_for_the_last(&mut running, last).await,
+                    None => is_drained = true,
                 },
             }
         }
-        let lost = self.queue.len() + running.len();
-        let count = u64::try_from(lost).unwrap_or(u64::MAX);
-        metrics::NOTICES.with(["failed"]).increment(count);
-        tracing::warn!(
-            count,
-            "notices were not delivered before the broker stopped"
-        );
-    }
-
-    /// Waits for a running delivery after the queue has ended, so that the loop does not ask the ended queue again and again.
-    async fn wait_for_the_last(&self, running: &mut JoinSet<()>, last: Option<Instant>) {
-        tokio::select! {
-            _ = running.join_next() => {}
-            () = until(last) => {}
+        // Deliveries that have ended are not lost.
+        while let Some(ended) = running.try_join_next() {
+            note_end(ended);
         }
+        let lost = self.queue.len() + running.len();
+        if lost > 0 {
+            let count = u64::try_from(lost).unwrap_or(u64::MAX);
+            tracing::warn!(
+                count,
+                "notices were not delivered before the broker stopped"
+            );
+            metrics::NOTICES.with(["failed"]).increment(count);
+        }
+    }
+}
+
+/// Reports a delivery that ended with a panic.
+fn note_end(ended: Result<(), JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a delivery of a notice ended unexpectedly");
+        metrics::NOTICES.with(["failed"]).increment(1);
     }
 }
 
@@ -209,8 +213,8 @@ impl Receiver {
             drop(turn);
             let problem = match result {
                 Attempt::Delivered => {
-                    metrics::NOTICES.with(["delivered"]).increment(1);
                     tracing::info!(id = message.id(), event, %call_id, attempt, "notice delivered");
+                    metrics::NOTICES.with(["delivered"]).increment(1);
                     return;
                 }
                 Attempt::Failed(problem) => problem,
@@ -264,7 +268,6 @@ impl Receiver {
 }
 
 fn given_up(message: &Message, event: &str, attempts: u32, problem: &str) {
-    metrics::NOTICES.with(["failed"]).increment(1);
     tracing::warn!(
         id = message.id(),
         event,
@@ -272,4 +275,5 @@ fn given_up(message: &Message, event: &str, attempts: u32, problem: &str) {
         problem,
         "notice not delivered"
     );
+    metrics::NOTICES.with(["failed"]).increment(1);
 }

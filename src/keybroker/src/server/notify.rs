@@ -41,7 +41,10 @@ impl Manager {
         say(&[NotifyState::Ready]);
         let stopping = CancellationToken::new();
         let pings = sd_notify::watchdog_enabled().map(|timeout| {
-            tracing::info!(timeout_s = timeout.as_secs_f64(), "feeding the watchdog");
+            tracing::info!(
+                timeout_s = timeout.as_secs_f64(),
+                "the broker sends watchdog notifications to the service manager"
+            );
             tokio::spawn(ping(probes, timeout / PINGS_PER_TIMEOUT, stopping.clone()))
         });
         Self { stopping, pings }
@@ -67,7 +70,10 @@ impl Drop for Manager {
 pub(super) fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => say(&[NotifyState::Reloading, now]),
-        Err(error) => tracing::warn!(%error, "no monotonic clock"),
+        Err(error) => tracing::warn!(
+            %error,
+            "cannot read the monotonic clock, so the service manager is not notified of the reload"
+        ),
     }
 }
 

@@ -552,7 +552,9 @@ impl Server {
             .await
             .is_err()
         {
-            tracing::error!("the audit log was not closed cleanly");
+            tracing::error!(
+                "the audit log was not closed cleanly; the next start moves an incomplete last entry to a separate file"
+            );
         }
         self.stop_status.cancel();
         self.status.close();

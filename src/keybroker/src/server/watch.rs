@@ -144,7 +144,10 @@ pub(super) async fn registry_once_up(
                     () = time::sleep(REGISTRY_TIMEOUT) => {}
                 }
             }
-            Err(error) => tracing::warn!(%error, "the registry is not verified yet"),
+            Err(error) => tracing::warn!(
+                %error,
+                "the registry is not verified yet, so no key is released; the broker tries again"
+            ),
         }
     }
 }

@@ -182,6 +182,49 @@ fn a_readable_object_makes_the_token_untrusted() {
     );
 }
 
+/// A token that returns a wrong length for one recipient still makes other releases, unless the length is that of the recipient in
+/// the self-tests.
+#[test]
+fn a_wrong_length_for_one_recipient_does_not_make_the_token_untrusted() {
+    with_softhsm(
+        "release::a_wrong_length_for_one_recipient_does_not_make_the_token_untrusted",
+        |folder| {
+            let mut bench = Bench::with_keys_for(folder, &[Purpose::Sealed]);
+            let wrapped = bench.wrapped();
+            let truncate = |name: &str, on: &str| {
+                format!(
+                    "[[rule]]\nname = \"{name}\"\nfunction = \"C_WrapKey\"\non = {{ {on} }}\n\
+                     do = {{ truncate = 1 }}\n"
+                )
+            };
+            let longer = RecipientPair::generate(KeySize::Rsa3072).unwrap();
+            let spki = longer.public.spki();
+            bench.faulty.behave(&truncate("once", "times = 1"));
+            let sealed = bench
+                .run(release(&bench, &wrapped, false, spki), LONG)
+                .unwrap();
+            assert_eq!(opened(&longer, &sealed), b"material");
+
+            // After a first self-test, the rule applies to each attempt of the job, and to none of the self-tests between them.
+            bench.faulty.behave(&truncate("alternating", "every = 2"));
+            let self_test = Job::SelfTest(wire::SelfTest {});
+            assert_eq!(bench.run(self_test, LONG), Ok(Vec::new()));
+            let refused = bench.run(release(&bench, &wrapped, false, spki), LONG);
+            assert_eq!(refused, Err(FailureClass::Recipient));
+            bench.faulty.behave("");
+            let sealed = bench
+                .run(release(&bench, &wrapped, false, spki), LONG)
+                .unwrap();
+            assert_eq!(opened(&longer, &sealed), b"material");
+
+            let usual = RecipientPair::generate(KeySize::Rsa2048).unwrap();
+            bench.faulty.behave(&truncate("usual length", "times = 1"));
+            let job = release(&bench, &wrapped, false, usual.public.spki());
+            assert_eq!(bench.run(job, LONG), Err(FailureClass::Untrusted));
+        },
+    );
+}
+
 /// Moves a row from one key to another.
 fn moved(bench: &mut Bench, from: usize, to: usize) -> Result<Vec<u8>, FailureClass> {
     let wrapped = bench.wrapped_under(from);

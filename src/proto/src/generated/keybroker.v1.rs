@@ -92,8 +92,8 @@ pub struct UnwrapUserKeyRequest {
 /// The recipient of a sealed release.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Recipient {
-    /// The recipient's RSA public key: DER SubjectPublicKeyInfo of a key with a modulus of 2048 to 4096 bits, in steps of 8 bits, and
-    /// with the public exponent 65537. At most 1,024 bytes.
+    /// The recipient's RSA public key: DER SubjectPublicKeyInfo of a key with a modulus of 2048, 3072 or 4096 bits and with the public
+    /// exponent 65537. At most 1,024 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub public_key: ::prost::alloc::vec::Vec<u8>,
     /// The hash that the recipient requires. The call fails with the reason REQUEST if the token uses another hash.
@@ -4019,7 +4019,8 @@ pub struct DeviceKeys {
     #[prost(bytes = "vec", tag = "3")]
     pub private_key: ::prost::alloc::vec::Vec<u8>,
 }
-/// A device of a member. Contains no encrypted private key and no user key.
+/// A device of a member. Contains no encrypted private key and no user key. Also contains no verification key: another person with an
+/// access token of the member could replace a pending request of the device with it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Device {
     /// 16 bytes, chosen by the device.
@@ -4034,9 +4035,6 @@ pub struct Device {
     /// The type of the device, as its app states it.
     #[prost(string, tag = "4")]
     pub r#type: ::prost::alloc::string::String,
-    /// The public key of the signatures of the device.
-    #[prost(bytes = "vec", tag = "5")]
-    pub verification_key: ::prost::alloc::vec::Vec<u8>,
     /// The name of the user key that the device opens.
     #[prost(string, tag = "6")]
     pub key_name: ::prost::alloc::string::String,
@@ -4332,7 +4330,7 @@ pub struct CreateAccessRequestRequest {
     /// The public key of the signatures of the device, as in EstablishTrust.
     #[prost(bytes = "vec", tag = "4")]
     pub verification_key: ::prost::alloc::vec::Vec<u8>,
-    /// The public key to which the answer is encrypted: a SubjectPublicKeyInfo of RSA with 2048 to 4096 bits and the exponent 65537.
+    /// The public key to which the answer is encrypted: a SubjectPublicKeyInfo of RSA with 2048, 3072 or 4096 bits and the exponent 65537.
     #[prost(bytes = "vec", tag = "5")]
     pub public_key: ::prost::alloc::vec::Vec<u8>,
     /// The access code: 16 to 64 bytes with at least 128 bits of randomness.

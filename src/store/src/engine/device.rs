@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use crate::{
     Error,
     device::{
-        ACCESS_REQUESTS_LISTED_MAX, AccessCounts, AccessPlace, AccessQuery, AccessRow,
+        ACCESS_REQUESTS_LISTED_MAX, AccessCounts, AccessCursor, AccessQuery, AccessRow,
         AskingDevice, Changed, DEVICES_MAX, DamagedAccess, DamagedDevice, DeviceAddress,
         DeviceChange, DeviceMove, DeviceRow, Devices,
     },
@@ -137,7 +137,7 @@ fn portions(
 }
 
 /// The newest rows of several portions.
-fn newest_first<T>(mut rows: Vec<(AccessPlace, T)>, limit: u32) -> Vec<(AccessPlace, T)> {
+fn newest_first<T>(mut rows: Vec<(AccessCursor, T)>, limit: u32) -> Vec<(AccessCursor, T)> {
     rows.sort_by_key(|((at, id), _)| (Reverse(*at), *id));
     rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
     rows
@@ -215,7 +215,7 @@ impl<E: Engine> Devices for EngineStore<E> {
         after: Option<&DeviceAddress>,
         limit: u32,
     ) -> Result<Vec<(DeviceAddress, Result<DeviceRow, DamagedDevice>)>, Error> {
-        // Empty values come before all rows, because no part of a place is empty.
+        // Empty values come before all rows, because no part of an address is empty.
         let mut values = match after {
             Some(address) => rows::device_key(address),
             None => vec!["".into(), "".into(), Value::Bytes(Vec::new())],
@@ -303,14 +303,14 @@ impl<E: Engine> Devices for EngineStore<E> {
     async fn access_requests(
         &self,
         wanted: &AccessQuery,
-    ) -> Result<Vec<(AccessPlace, Result<AccessRow, DamagedAccess>)>, Error> {
+    ) -> Result<Vec<(AccessCursor, Result<AccessRow, DamagedAccess>)>, Error> {
         let sql = &E::sql().device;
         let limit = wanted.limit.min(ACCESS_REQUESTS_LISTED_MAX);
         let mut page = Vec::new();
         for (statement, users) in portions(&wanted.users, sql.requests, sql.requests_of_users) {
             let values = rows::access_query_values(wanted, users, limit);
             for row in &self.query(statement, values).await? {
-                page.push((rows::access_place(row)?, rows::listed_access(row)));
+                page.push((rows::access_cursor(row)?, rows::listed_access(row)));
             }
         }
         Ok(newest_first(page, limit))
@@ -330,7 +330,7 @@ impl<E: Engine> Devices for EngineStore<E> {
             values.extend(users);
             values.push(limit.into());
             for row in &self.query(statement, values).await? {
-                page.push((rows::decision_place(row)?, rows::listed_access(row)));
+                page.push((rows::decision_cursor(row)?, rows::listed_access(row)));
             }
         }
         let page = newest_first(page, limit).into_iter();

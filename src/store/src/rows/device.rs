@@ -3,7 +3,7 @@
 use keybroker_core::{
     call::Timestamp,
     device::{
-        AccessState, ApprovalRoad, DEVICE_NAME_BYTES_MAX, DEVICE_TYPE_BYTES_MAX, DeviceState,
+        AccessApprover, AccessState, DEVICE_NAME_BYTES_MAX, DEVICE_TYPE_BYTES_MAX, DeviceState,
         PUBLIC_KEY_BYTES_MAX, SEALED_KEY_BYTES_MAX, SEALED_PRIVATE_KEY_BYTES_MAX,
         SEALED_PUBLIC_KEY_BYTES_MAX,
     },
@@ -15,7 +15,7 @@ use crate::{
     Error,
     columns::Table,
     device::{
-        ANSWER_FORM_BYTES_MAX, AccessCounts, AccessDecision, AccessPlace, AccessQuery, AccessRow,
+        ANSWER_FORM_BYTES_MAX, AccessCounts, AccessCursor, AccessDecision, AccessQuery, AccessRow,
         Answer, AskingDevice, DamagedAccess, DamagedDevice, DeviceAddress, DeviceRow,
         PEER_BYTES_MAX, SealedKeys,
     },
@@ -72,7 +72,7 @@ impl<R: Columns> Reader<'_, R> {
     }
 }
 
-/// The place of a row of [`Table::Devices`]; the rest of the row may be damaged.
+/// The address of a row of [`Table::Devices`]; the rest of the row may be damaged.
 pub(crate) fn device_address(row: &impl Columns) -> Result<DeviceAddress, Error> {
     Reader::new(Table::Devices, row).device_address()
 }
@@ -150,15 +150,15 @@ pub(crate) fn device_values(row: &DeviceRow) -> Vec<Value> {
     ]
 }
 
-/// The place of a row of [`Table::AccessRequests`] in a list; the rest of the row may be damaged.
-pub(crate) fn access_place(row: &impl Columns) -> Result<AccessPlace, Error> {
+/// The position of a row of [`Table::AccessRequests`] in a list; the rest of the row may be damaged.
+pub(crate) fn access_cursor(row: &impl Columns) -> Result<AccessCursor, Error> {
     let row = Reader::new(Table::AccessRequests, row);
     let id = AccessRequestId::from_bytes(row.array("request_id")?);
     Ok((row.time("requested_us")?, id))
 }
 
-/// The place of a decided request among the decisions.
-pub(crate) fn decision_place(row: &impl Columns) -> Result<AccessPlace, Error> {
+/// The position of a decided request among the decisions.
+pub(crate) fn decision_cursor(row: &impl Columns) -> Result<AccessCursor, Error> {
     let row = Reader::new(Table::AccessRequests, row);
     let id = AccessRequestId::from_bytes(row.array("request_id")?);
     Ok((row.time("decided_us")?, id))
@@ -178,7 +178,7 @@ pub(crate) fn access_request(row: &impl Columns) -> Result<AccessRow, Error> {
         id: AccessRequestId::from_bytes(row.array("request_id")?),
         signer: row.wrapping_key("signer_key_id")?,
         state: row.parsed("state", AccessState::parse)?,
-        road: row.parsed("road", ApprovalRoad::parse)?,
+        approver: row.parsed("road", AccessApprover::parse)?,
         device: AskingDevice {
             address: row.device_address()?,
             name: row.bounded_text("device_name", DEVICE_NAME_BYTES_MAX)?,
@@ -301,7 +301,7 @@ pub(crate) fn access_request_values(row: &AccessRow) -> Vec<Value> {
     vec![
         row.signer.into(),
         row.state.as_str().into(),
-        row.road.as_str().into(),
+        row.approver.as_str().into(),
         device.address.tenant.as_str().into(),
         device.address.user.as_str().into(),
         row.key_name.as_str().into(),

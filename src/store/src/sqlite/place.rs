@@ -17,7 +17,7 @@ use crate::{Error, error::Detail};
 /// The reason why a file or directory is not the file or directory that was opened.
 #[derive(Debug, thiserror::Error)]
 enum Changed {
-    #[error("{0} was replaced")]
+    #[error("the file or directory {0} was replaced while the database was open")]
     Replaced(PathBuf),
     #[error("cannot examine {path}")]
     Unreadable { path: PathBuf, source: io::Error },

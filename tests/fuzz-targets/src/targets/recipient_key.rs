@@ -26,7 +26,7 @@ pub fn recipient_key(bytes: &[u8]) -> bool {
     assert!(bytes.len() <= SPKI_BYTES_MAX);
     assert_eq!(key.fingerprint(), oaep::fingerprint(bytes));
     let modulus = key.modulus();
-    assert!((256..=512).contains(&modulus.len()));
+    assert!([256, 384, 512].contains(&modulus.len()));
     assert!(modulus[0] >= 0x80, "the modulus fills its bytes");
     // A number is divisible by 3, 5 and 17 as the sum of its bytes is, because 256 leaves the rest 1.
     let sum: u32 = modulus.iter().map(|byte| u32::from(*byte)).sum();

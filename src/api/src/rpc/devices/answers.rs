@@ -1,7 +1,7 @@
 //! Converts devices and requests for access to messages.
 
 use keybroker_broker::{AccessAnswer, AccessList, AccessView, DeviceList, DeviceView};
-use keybroker_core::device::{AccessState, ApprovalRoad, DeviceState};
+use keybroker_core::device::{AccessApprover, AccessState, DeviceState};
 use keybroker_proto as proto;
 
 use crate::rpc::convert::timestamp;
@@ -25,10 +25,10 @@ const fn access_state(state: AccessState) -> proto::AccessRequestState {
     }
 }
 
-const fn approver(road: ApprovalRoad) -> proto::AccessApprover {
-    match road {
-        ApprovalRoad::Device => proto::AccessApprover::Device,
-        ApprovalRoad::Administrator => proto::AccessApprover::Administrator,
+const fn approver(approver: AccessApprover) -> proto::AccessApprover {
+    match approver {
+        AccessApprover::Device => proto::AccessApprover::Device,
+        AccessApprover::Administrator => proto::AccessApprover::Administrator,
     }
 }
 
@@ -39,7 +39,6 @@ pub(super) fn device(view: &DeviceView) -> proto::Device {
         state: device_state(row.state).into(),
         name: row.name.clone(),
         r#type: row.kind.clone(),
-        verification_key: row.verification_key.clone(),
         key_name: row.key_name.as_str().to_owned(),
         revision: row.revision.get(),
         encrypted_public_key: row.keys.public_key.clone(),
@@ -60,7 +59,7 @@ pub(super) fn access_request(view: &AccessView) -> proto::AccessRequest {
     proto::AccessRequest {
         id: row.id.as_bytes().to_vec(),
         state: access_state(view.state).into(),
-        approver: approver(row.road).into(),
+        approver: approver(row.approver).into(),
         user: row.device.address.user.as_str().to_owned(),
         key_name: row.key_name.as_str().to_owned(),
         device_id: row.device.address.device.as_bytes().to_vec(),

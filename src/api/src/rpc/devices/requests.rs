@@ -3,14 +3,14 @@
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 
 use keybroker_broker::{
-    ACCESS_REQUESTS_LISTED_MAX, AccessDenial, AccessPage, AccessPlace, AdministratorApproval,
+    ACCESS_REQUESTS_LISTED_MAX, AccessCursor, AccessDenial, AccessPage, AdministratorApproval,
     Answer, DeviceApproval, DeviceRotation, NewAccessRequest, NewDevice, RotatedDevice, SealedKeys,
     Untrusted, UserKeyRef, Which,
 };
 use keybroker_core::{
     call::Timestamp,
     device::{
-        ACCESS_CODE_BYTES_MAX, ACCESS_CODE_BYTES_MIN, ApprovalRoad, DEVICE_NAME_BYTES_MAX,
+        ACCESS_CODE_BYTES_MAX, ACCESS_CODE_BYTES_MIN, AccessApprover, DEVICE_NAME_BYTES_MAX,
         DEVICE_TYPE_BYTES_MAX, DeviceSignature, PUBLIC_KEY_BYTES_MAX, SEALED_KEY_BYTES_MAX,
         SEALED_PRIVATE_KEY_BYTES_MAX, SEALED_PUBLIC_KEY_BYTES_MAX, VerificationKey,
     },
@@ -235,9 +235,9 @@ pub(super) fn rotation(
 }
 
 pub(super) fn new_access(r: proto::CreateAccessRequestRequest) -> Result<NewAccessRequest, Error> {
-    let road = match r.approver() {
-        proto::AccessApprover::Device => ApprovalRoad::Device,
-        proto::AccessApprover::Administrator => ApprovalRoad::Administrator,
+    let approver = match r.approver() {
+        proto::AccessApprover::Device => AccessApprover::Device,
+        proto::AccessApprover::Administrator => AccessApprover::Administrator,
         proto::AccessApprover::Unspecified => {
             return Err(Error::violation("approver", "a known value"));
         }
@@ -250,7 +250,7 @@ pub(super) fn new_access(r: proto::CreateAccessRequestRequest) -> Result<NewAcce
         public_key: blob("public_key", r.public_key, PUBLIC_KEY_BYTES_MAX)?,
         code: access_code(r.access_code)?,
         key_name: KeyName::parse(&r.key_name)?,
-        road,
+        approver,
     })
 }
 
@@ -295,6 +295,7 @@ pub(super) fn denial(r: proto::DenyAccessRequestRequest) -> Result<AccessDenial,
     Ok(AccessDenial {
         id: access_id(&r.access_request_id)?,
         signature: optional_signature(r.signature)?,
+        only_pending: false,
     })
 }
 
@@ -302,7 +303,7 @@ pub(super) fn denial(r: proto::DenyAccessRequestRequest) -> Result<AccessDenial,
 pub(super) fn access_page(r: proto::ListAccessRequestsRequest) -> Result<AccessPage, Error> {
     let first = AccessPage::from(r.show_all);
     Ok(AccessPage {
-        after: place(&r.page_token)?,
+        after: cursor(&r.page_token)?,
         limit: match r.page_size {
             0 => first.limit,
             size if size <= ACCESS_REQUESTS_LISTED_MAX => size,
@@ -313,15 +314,15 @@ pub(super) fn access_page(r: proto::ListAccessRequestsRequest) -> Result<AccessP
 }
 
 /// A page token is the time of the last request of the page in microseconds, as eight bytes, and the id of this request.
-pub(super) fn page_token(next: Option<AccessPlace>) -> String {
+pub(super) fn page_token(next: Option<AccessCursor>) -> String {
     next.map_or_else(String::new, |(requested, id)| {
-        let mut place = requested.micros().to_be_bytes().to_vec();
-        place.extend(id.as_bytes());
-        Base64UrlUnpadded::encode_string(&place)
+        let mut cursor = requested.micros().to_be_bytes().to_vec();
+        cursor.extend(id.as_bytes());
+        Base64UrlUnpadded::encode_string(&cursor)
     })
 }
 
-fn place(token: &str) -> Result<Option<AccessPlace>, Error> {
+fn cursor(token: &str) -> Result<Option<AccessCursor>, Error> {
     if token.is_empty() {
         return Ok(None);
     }
@@ -332,11 +333,11 @@ fn place(token: &str) -> Result<Option<AccessPlace>, Error> {
         let requested = Timestamp::from_micros(i64::from_be_bytes(*requested));
         Some((requested, AccessRequestId::from_slice(id)?))
     };
-    let place = parse().ok_or_else(|| {
+    let cursor = parse().ok_or_else(|| {
         let what = "empty or the `next_page_token` of the previous response";
         Error::violation("page_token", what)
     });
-    place.map(Some)
+    cursor.map(Some)
 }
 
 #[cfg(test)]
@@ -454,17 +455,17 @@ mod tests {
 
     #[test]
     fn a_page_token_comes_back_as_it_went_and_others_are_refused() {
-        let place_of = |micros, id| {
+        let cursor_of = |micros, id| {
             let id = AccessRequestId::from_bytes([id; 16]);
             (Timestamp::from_micros(micros), id)
         };
-        for last in [place_of(-1, 0), place_of(i64::MAX, 255)] {
-            assert_eq!(place(&page_token(Some(last))).unwrap(), Some(last));
+        for last in [cursor_of(-1, 0), cursor_of(i64::MAX, 255)] {
+            assert_eq!(cursor(&page_token(Some(last))).unwrap(), Some(last));
         }
-        assert_eq!(place(&page_token(None)).unwrap(), None);
-        let good = page_token(Some(place_of(7, 7)));
+        assert_eq!(cursor(&page_token(None)).unwrap(), None);
+        let good = page_token(Some(cursor_of(7, 7)));
         for bad in ["!", "YQ", &good[..31], &format!("{good}A"), &good.repeat(9)] {
-            assert!(place(bad).is_err(), "{bad}");
+            assert!(cursor(bad).is_err(), "{bad}");
         }
         let sized = |page_size| {
             access_page(proto::ListAccessRequestsRequest {

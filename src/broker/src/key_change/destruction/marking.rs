@@ -177,7 +177,7 @@ impl Broker {
         keybroker_core::alert!(
             KeyDestruction, wrapping_key = %id, cause = "the row of the schedule was removed from the database",
             "a destroyed wrapping key is not removed from the tokens yet, but the row of its schedule was removed from the database; \
-             the broker goes on with the removal"
+             the broker continues to remove the key from the tokens"
         );
         if known_for < NOTICE {
             return Ok(());
@@ -207,7 +207,8 @@ impl Broker {
         if self.scheduled.delay(key, cause, pause) {
             keybroker_core::alert!(
                 KeyDestruction, wrapping_key = %key, cause, reason = error.reason().as_str(),
-                "the destruction of a wrapping key is due, but cannot be done; the broker tries again"
+                "the destruction of a wrapping key is due, but cannot be done; the broker tries again, and the field `cause` \
+                 shows the reason"
             );
         }
     }

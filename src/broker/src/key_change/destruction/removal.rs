@@ -12,9 +12,12 @@ use keybroker_hsm::{
 };
 use keybroker_store::{DestructionRow, KeyUses, PlaceRow, RegistryRow};
 
-use crate::{Broker, TaskFailed, journal::Draft, registry::Registry};
+use crate::{Broker, journal::Draft, registry::Registry};
 
-use super::{super::making::blocking, refused};
+use super::{
+    super::making::{blocking, end_worker},
+    refused,
+};
 
 /// The removal of a key from one token.
 #[derive(Clone, Debug)]
@@ -311,13 +314,10 @@ impl Opened {
         Ok(Removed { serial, count })
     }
 
-    /// Ends the admin worker on a blocking thread. Nothing was removed.
+    /// Ends the admin worker. Nothing was removed.
     async fn close(self) -> Removed {
         let Self { token, serial, .. } = self;
-        if let Err(source) = tokio::task::spawn_blocking(move || drop(token)).await {
-            let error = TaskFailed::of("closing a token", source);
-            tracing::error!(%error, "the admin worker could not be ended");
-        }
+        end_worker(token.pid(), token).await;
         Removed {
             serial,
             count: None,

@@ -214,7 +214,8 @@ impl Served {
         while started.child.try_wait().map_err(internal)?.is_none() {
             if began.elapsed() > START_TIMEOUT {
                 let what = "the broker did not end within a minute after SIGTERM";
-                return Err(Failure::new(Exit::Verification, what));
+                return Err(Failure::new(Exit::Verification, what)
+                    .hint("warnings of the broker, if any, are shown above"));
             }
             sleep(STOP_PAUSE).await;
         }

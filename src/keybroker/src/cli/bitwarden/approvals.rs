@@ -29,7 +29,9 @@ mod pins;
 mod rate;
 mod refusal;
 mod review;
+mod rules;
 mod service;
+mod turns;
 
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum Command {
@@ -38,7 +40,7 @@ pub(in crate::cli) enum Command {
     /// Approve requests: the token re-encrypts the user key of each member for the new device
     ///
     /// Compare the fingerprint phrase with the member before you approve, for example by telephone. Without `--phrase` and `--yes`,
-    /// the command prompts for two words of each phrase.
+    /// the command prompts for the five words of each phrase.
     Approve(Approve),
     /// Deny requests
     Deny(Deny),

@@ -17,7 +17,7 @@ use crate::cli::{
     exit::{Exit, Failure},
 };
 use keybroker_bitwarden::MasterKey;
-use keybroker_core::error::root_cause;
+use keybroker_core::{error::root_cause, loopback::is_loopback_host};
 
 use super::{
     holder::Holder,
@@ -123,11 +123,12 @@ impl Connector {
                 "the URL is not https, and Bitwarden clients refuse plain http",
             )
             .hint("for a test on this machine, pass --allow-http")),
-            "http" if is_loopback(&parsed) => Ok(()),
+            "http" if parsed.host_str().is_some_and(is_loopback_host) => Ok(()),
             "http" => Err(refuse(
-                "the host is not on this machine: over plain HTTP everyone on the network path could read the key and the \
-                 access token",
-            )),
+                "the host is not a loopback address: over plain HTTP everyone on the network path could read the key and \
+                 the access token",
+            )
+            .hint("for a test on this machine, use an address such as http://127.0.0.1:8087")),
             _ => Err(refuse("the URL is not https")),
         }
     }
@@ -140,15 +141,6 @@ impl Connector {
         let timeout = Duration::from_millis(self.timeout_ms);
         http::client(authorities, timeout, !self.allow_http)
     }
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost"
-        || address
-            .parse()
-            .is_ok_and(|address: std::net::IpAddr| address.is_loopback())
 }
 
 /// The method of a request that stores a key.
@@ -313,7 +305,7 @@ mod tests {
             ("http://127.0.0.1:80", false, false),
             ("http://127.0.0.1:80", true, true),
             ("http://[::1]:80/x", true, true),
-            ("http://localhost", true, true),
+            ("http://localhost", true, false),
             ("http://localhost.example.org", true, false),
             ("http://127.0.0.1.example.org", true, false),
             ("ftp://127.0.0.1", true, false),

@@ -149,7 +149,7 @@ impl Open {
     fn admin(&self) -> Result<&Admin, Failure> {
         self.admin
             .as_ref()
-            .ok_or_else(|| Failure::new(Exit::Internal, "the token is not open"))
+            .ok_or_else(|| lacking("the token is not open"))
     }
 
     fn log_in(&self, registry: &[RegistryRow]) -> Result<Admin, Failure> {
@@ -251,7 +251,7 @@ impl<'a> Ceremony<'a> {
         }
         let sha256 = self
             .signed
-            .ok_or_else(|| Failure::new(Exit::Internal, "the script does not sign"))?;
+            .ok_or_else(|| lacking("the plan has no step that signs the transcript"))?;
         Ok(Ended {
             transcript: self.transcript,
             sha256,
@@ -320,7 +320,7 @@ impl<'a> Ceremony<'a> {
     fn perform(&mut self, step: &Step) -> Result<(), Failure> {
         let token = step
             .token
-            .ok_or_else(|| Failure::new(Exit::Internal, "the step has no token"))?;
+            .ok_or_else(|| lacking("the step names no token"))?;
         match step.action {
             Action::SplitSoPin => self.split_so_pin(token),
             Action::Initialise => self.initialise(token),
@@ -360,10 +360,9 @@ impl<'a> Ceremony<'a> {
 
     fn initialise(&mut self, token: usize) -> Result<(), Failure> {
         let open = &mut self.tokens[token];
-        let pin = open
-            .so_pin
-            .take()
-            .ok_or_else(|| Failure::new(Exit::Internal, "there is no security officer's PIN"))?;
+        let pin = open.so_pin.take().ok_or_else(|| {
+            lacking("the security officer's PIN was not made before the initialisation")
+        })?;
         let pin = Pin::from_text(pin.to_string()).map_err(|error| internal(&error))?;
         let so_pin = PinSource::Text(pin);
         let label = self.plan.tokens[token].label.clone().unwrap_or_default();
@@ -455,10 +454,10 @@ impl<'a> Ceremony<'a> {
 
     /// Registers a key after the transcript is complete and signed. A failure does not change the transcript.
     fn register(&self, step: &Step) -> Result<(), Failure> {
-        let lacks = || Failure::new(Exit::Internal, "the step has no key");
-        let (token, key) = step.token.zip(step.key).ok_or_else(lacks)?;
-        let open = self.tokens.get(token).ok_or_else(lacks)?;
-        let key = open.keys.get(key).ok_or_else(lacks)?;
+        let no_key = || lacking("the step names no key that the ceremony made");
+        let (token, key) = step.token.zip(step.key).ok_or_else(no_key)?;
+        let open = self.tokens.get(token).ok_or_else(no_key)?;
+        let key = open.keys.get(key).ok_or_else(no_key)?;
         let rows = self.registry.as_deref().unwrap_or_default();
         key::register_generated(self.context, &open.config, open.admin()?, rows, key).map_err(
             |failure| {
@@ -522,10 +521,11 @@ impl<'a> Ceremony<'a> {
     /// A signature by the signing key of a token. The signature was verified with the public key.
     fn signature(&self, token: usize, message: &str) -> Result<TokenSignature, Failure> {
         let (open, name) = (&self.tokens[token], &self.transcript.tokens[token].name);
-        let (object, public) = open
-            .signing_key
-            .as_ref()
-            .ok_or_else(|| Failure::new(Exit::Internal, "there is no signing key"))?;
+        let (object, public) = open.signing_key.as_ref().ok_or_else(|| {
+            lacking(&format!(
+                "the ceremony made no signing key on token {name:?}"
+            ))
+        })?;
         let made = open.admin()?.sign(object, message.as_bytes())?;
         let algorithm = if made.pss {
             SignatureAlgorithm::RsaPssSha256
@@ -554,6 +554,11 @@ impl<'a> Ceremony<'a> {
             .map_err(|error| internal(&error))?;
         replace(&self.files.transcript, &text)
     }
+}
+
+/// The failure if the steps of the ceremony contradict each other, which is an error of the program.
+fn lacking(what: &str) -> Failure {
+    Failure::new(Exit::Internal, format!("internal error: {what}"))
 }
 
 fn replace(path: &Path, text: &str) -> Result<(), Failure> {

@@ -183,7 +183,7 @@ impl Silent {
 impl Drop for Silent {
     fn drop(&mut self) {
         if let Err(error) = tcsetattr(&self.terminal, OptionalActions::Now, &self.before) {
-            tracing::error!(%error, "the terminal does not show what is typed; run `stty echo`");
+            tracing::error!(%error, "cannot restore the terminal, so it does not show what you type; run `stty echo`");
         }
     }
 }

@@ -22,6 +22,8 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
+use super::refusal;
+
 /// Maximum length of a PEM file, in bytes. The CA certificates of a Linux distribution take about
 /// 0.3 MiB in total.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -185,7 +187,7 @@ pub(in crate::cli) async fn connect(client: &Client, url: &str) -> Result<(), Fa
         return Ok(());
     };
     if error.kind() == ErrorKind::DeadlineExceeded {
-        return Err(unreachable("no answer within --timeout-ms").hint(NO_ANSWER));
+        return Err(unreachable(refusal::TIMED_OUT).hint(NO_ANSWER));
     }
     let cause = root_cause(&error);
     let mut hint = hint(&cause, "--ca");

@@ -1,6 +1,6 @@
 //! Converts the error of a call to a message and a hint for the person who made the call.
 
-use std::env;
+use std::{env, time::Duration};
 
 use keybroker_client::{ApprovalId, Code, Error, ErrorKind, Reason, Status};
 use keybroker_core::error::chain;
@@ -80,6 +80,25 @@ const CLOSED: &str = "the broker closed the connection after the TLS handshake";
 
 const ENDED: &str = "the connection ended during the call";
 
+/// The message if no answer arrived in time.
+pub(super) const TIMED_OUT: &str = "no answer within --timeout-ms";
+
+/// The hint if no answer arrived in time.
+const MAY_HAVE_CHANGED: &str =
+    "raise --timeout-ms; if the call was a change, the broker may have made the change";
+
+/// Adds the value of the timeout to the message about an answer that did not arrive in time.
+pub(super) fn with_timeout(failure: Failure, timeout: Duration) -> Failure {
+    let Some(start) = failure.message.strip_suffix(TIMED_OUT) else {
+        return failure;
+    };
+    let message = format!(
+        "{start}no answer within {} ms (--timeout-ms)",
+        timeout.as_millis()
+    );
+    Failure { message, ..failure }
+}
+
 /// Adds a hint that depends on the credentials of the caller: whether there is a client certificate, and whether there is any
 /// credential.
 pub(super) fn explain(failure: Failure, has_certificate: bool, has_credential: bool) -> Failure {
@@ -112,8 +131,7 @@ fn explain_closed(failure: Failure, has_certificate: bool) -> Failure {
 fn without_reason(error: &Error) -> Failure {
     match error.kind() {
         ErrorKind::DeadlineExceeded => {
-            Failure::new(Exit::Unreachable, "no answer within --timeout-ms")
-                .hint("the call may or may not have been carried out")
+            Failure::new(Exit::Unreachable, TIMED_OUT).hint(MAY_HAVE_CHANGED)
         }
         // In TLS 1.3, a client learns only during its first call that the server rejected the
         // certificate.
@@ -232,14 +250,14 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::TokenUntrusted => {
             "`client token-state` and `keybroker token check` show the operator the cause"
         }
-        Reason::Deadline => "the call may or may not have been carried out; raise --timeout-ms",
+        Reason::Deadline => MAY_HAVE_CHANGED,
         Reason::Bug => "report the error with the call id and the broker's log lines of this call",
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashMap, time::Duration};
+    use std::collections::HashMap;
 
     use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -368,7 +386,15 @@ mod tests {
             (ours.exit, theirs.exit),
             (Exit::Unreachable, Exit::Unreachable)
         );
-        assert!(ours.message.contains("--timeout-ms"), "{}", ours.message);
+        assert_eq!(ours.hint, theirs.hint);
+        let shown = with_timeout(ours, Duration::from_millis(300));
+        assert_eq!(shown.message, "no answer within 300 ms (--timeout-ms)");
+        let connecting = Failure::new(Exit::Unreachable, format!("cannot reach it: {TIMED_OUT}"));
+        let shown = with_timeout(connecting, Duration::from_millis(300));
+        assert_eq!(
+            shown.message,
+            "cannot reach it: no answer within 300 ms (--timeout-ms)"
+        );
     }
 
     #[test]

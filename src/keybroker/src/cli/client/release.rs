@@ -45,7 +45,10 @@ impl Caller {
             Recipient::Private(pair) => {
                 let material = pair.open(&sealed).map_err(|error| {
                     let what = format!("cannot open the answer of the broker: {error}");
-                    Failure::new(Exit::Untrusted, what)
+                    Failure::new(Exit::Untrusted, what).hint(
+                        "repeat the call; if the error persists, report it to the operator of the broker, who can test the token \
+                         with `keybroker token check`",
+                    )
                 })?;
                 self.secret(fields, ("key_material", material.expose()), out)
             }

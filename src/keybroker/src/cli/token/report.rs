@@ -84,7 +84,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     if worse.is_empty() {
         context
             .output
-            .note("the token is no worse than in the published report");
+            .note("the token is as good as in the published report, or better");
         return Ok(());
     }
     let what = format!(

@@ -52,10 +52,11 @@ pub(super) struct MemberTurns {
 
 impl MemberTurns {
     /// Waits for a turn, which lasts until the value is dropped.
-    pub(super) async fn take(&self) -> Option<[SemaphorePermit<'_>; 2]> {
-        // The semaphores are never closed, so there is always a turn.
-        let of_member = self.of_member.acquire().await.ok()?;
-        let of_all = self.all.acquire().await.ok()?;
-        Some([of_member, of_all])
+    pub(super) async fn take(&self) -> [SemaphorePermit<'_>; 2] {
+        const NEVER_CLOSED: &str = "the semaphores are never closed";
+        [
+            self.of_member.acquire().await.expect(NEVER_CLOSED),
+            self.all.acquire().await.expect(NEVER_CLOSED),
+        ]
     }
 }

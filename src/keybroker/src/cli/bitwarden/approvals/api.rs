@@ -51,6 +51,9 @@ pub(super) struct CallError {
     pub(super) failure: Failure,
     /// Whether the server may have done what the call requested.
     pub(super) may_have_happened: bool,
+    /// Whether the same call about another request may succeed: the server answered, accepts the credential and does not limit the
+    /// rate of calls.
+    pub(super) others_may_succeed: bool,
 }
 
 impl From<Failure> for CallError {
@@ -59,6 +62,7 @@ impl From<Failure> for CallError {
         Self {
             failure,
             may_have_happened: false,
+            others_may_succeed: false,
         }
     }
 }
@@ -171,14 +175,21 @@ impl<'a> Api<'a> {
     }
 
     /// Returns what the server keeps for the recovery of a member's account; `None` if there is no such member.
-    pub(super) async fn details(&mut self, member: Guid) -> Result<Option<Details>, Failure> {
+    pub(super) async fn details(&mut self, member: Guid) -> Result<Option<Details>, CallError> {
         let member = member.to_string();
         let url = self.organization_url(&["users", &member, "reset-password-details"])?;
         let answer = self.send(Method::GET, url, None, ANSWER_BYTES_MAX).await?;
         match answer.status {
-            StatusCode::OK => parse(&answer.body, "the details of a member").map(Some),
+            StatusCode::OK => {
+                let details = parse(&answer.body, "the details of a member").map(Some);
+                details.map_err(|failure| CallError {
+                    failure,
+                    may_have_happened: false,
+                    others_may_succeed: true,
+                })
+            }
             StatusCode::NOT_FOUND => Ok(None),
-            _ => Err(answer.refused(&self.organization.settings.api_url)),
+            _ => Err(answer.error(&self.organization.settings.api_url)),
         }
     }
 
@@ -230,14 +241,7 @@ impl<'a> Api<'a> {
         if answer.status.is_success() {
             return Ok(answer.body);
         }
-        if answer.status == StatusCode::UNAUTHORIZED {
-            self.access = None;
-        }
-        Err(CallError {
-            // After an error of the server, such as a timeout of a proxy, the result is unknown.
-            may_have_happened: answer.status.is_server_error(),
-            failure: answer.refused(&self.organization.settings.api_url),
-        })
+        Err(answer.error(&self.organization.settings.api_url))
     }
 
     async fn send(
@@ -373,6 +377,17 @@ struct Answer {
 }
 
 impl Answer {
+    /// The error of a call with this answer.
+    fn error(&self, server: &str) -> CallError {
+        let concerns_all = [StatusCode::UNAUTHORIZED, StatusCode::TOO_MANY_REQUESTS];
+        CallError {
+            failure: self.refused(server),
+            // After an error of the server, such as a timeout of a proxy, the result is unknown.
+            may_have_happened: self.status.is_server_error(),
+            others_may_succeed: !concerns_all.contains(&self.status),
+        }
+    }
+
     fn refused(&self, server: &str) -> Failure {
         let said: ErrorAnswer = serde_json::from_slice(&self.body).unwrap_or_default();
         let mut message = format!("{server} returned {}", self.status);
@@ -407,9 +422,11 @@ async fn exchange(
     let mut answer = request.send().await.map_err(|error| CallError {
         failure: unreachable(&error),
         may_have_happened: !error.is_connect() && !error.is_builder(),
+        others_may_succeed: false,
     })?;
     let body = http::body(&mut answer, bytes_max).await;
     let body = body.map_err(|error| CallError {
+        others_may_succeed: matches!(error, BodyError::TooLong),
         failure: match error {
             BodyError::Lost(error) => unreachable(&error),
             BodyError::TooLong => {
@@ -466,5 +483,21 @@ mod tests {
         assert_eq!(failure.exit, Exit::Refused);
         assert!(!failure.message.contains('\u{1b}'));
         assert!(failure.message.len() < 500, "{}", failure.message);
+    }
+
+    #[test]
+    fn only_a_refused_credential_and_a_limited_rate_concern_every_request() {
+        for (status, may_have_happened, others_may_succeed) in [
+            (StatusCode::BAD_REQUEST, false, true),
+            (StatusCode::UNAUTHORIZED, false, false),
+            (StatusCode::FORBIDDEN, false, true),
+            (StatusCode::TOO_MANY_REQUESTS, false, false),
+            (StatusCode::BAD_GATEWAY, true, true),
+        ] {
+            let body = Zeroizing::new(Vec::new());
+            let error = Answer { status, body }.error("https://x.example");
+            assert_eq!(error.may_have_happened, may_have_happened, "{status}");
+            assert_eq!(error.others_may_succeed, others_may_succeed, "{status}");
+        }
     }
 }

@@ -11,21 +11,22 @@ use crate::{
         change::audited_in_parts,
         exit::{Exit, Failure},
         output::Field,
+        pin::UserPin,
     },
     config::Config,
 };
 use keybroker_audit::{AuditLog, Entry};
 use keybroker_core::organization::Guid;
-use keybroker_hsm::admin::{Admin, AdminError};
+use keybroker_hsm::admin::Admin;
 use keybroker_store::tables::Tables;
 
 use super::{
     Approve, Deny, List, Organization,
-    api::{Api, Approved, Requests},
+    api::{Api, Approved},
     decision::{self, Decided},
     key::WrappedKey,
     pending::{Pending, Unreadable},
-    pins::{KeyState, MemberKey, Pins},
+    pins::{KeyState, MemberKey, NewPins, Pins},
     refusal::Refusal,
     requests,
     review::{Reviewed, chosen, open_token, review, with_store},
@@ -37,19 +38,16 @@ const ACCEPTED_KEY: &str = "accept-key";
 pub(super) fn list(list: &List, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let organization = Organization::of(&config, &list.choice)?;
-    let admin = open_token(&config, &list.pin.get(config.token())?, organization)?;
+    let token = Token::open(&config, &list.pin, organization)?;
     let rows = with_store(&config, async |store| {
         let mut api = Api::open(organization)?;
-        let Requests {
-            pending,
-            unreadable,
-        } = api.pending().await?;
-        let pins = pins(&**store, &admin, organization);
+        let found = api.pending().await?;
+        let pins = token.pins(&**store);
         let mut rows = Vec::new();
-        for one in pending {
+        for one in found.pending {
             rows.push(review(&mut api, pins, one).await?.fields());
         }
-        rows.extend(unreadable.iter().map(Unreadable::fields));
+        rows.extend(found.unreadable.iter().map(Unreadable::fields));
         Ok(rows)
     })?;
     show(context, rows)
@@ -70,14 +68,6 @@ fn show(context: &Context, rows: Vec<Vec<Field>>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn pins<'a>(store: &'a dyn Tables, admin: &'a Admin, organization: Organization<'_>) -> Pins<'a> {
-    Pins {
-        store,
-        admin,
-        organization: organization.id,
-    }
-}
-
 pub(super) fn approve(approve: &Approve, context: &Context) -> Result<(), Failure> {
     let wanted = requests(&approve.requests)?;
     let one_only = approve.phrase.is_some() || approve.accept_key.is_some();
@@ -87,17 +77,24 @@ pub(super) fn approve(approve: &Approve, context: &Context) -> Result<(), Failur
     }
     let config = context.config_for_token()?;
     let organization = Organization::of(&config, &approve.choice)?;
-    let admin = open_token(&config, &approve.pin.get(config.token())?, organization)?;
+    let token = Token::open(&config, &approve.pin, organization)?;
+    // The person who types the phrase may take minutes, so the database is closed meanwhile, and the requests are reviewed again.
+    let mut confirmed = None;
+    if approve.phrase.is_none() && !approve.yes {
+        let reviewed = with_store(&config, async |store| {
+            Session::open(&token, &**store, approve)?
+                .reviewed(&wanted)
+                .await
+        })?;
+        confirm(context, approve, &reviewed)?;
+        confirmed = Some(reviewed);
+    }
     let results = with_store(&config, async |store| {
-        let mut session = Session {
-            api: Api::open(organization)?,
-            pins: pins(&**store, &admin, organization),
-            organization,
-            arguments: approve,
-        };
+        let mut session = Session::open(&token, &**store, approve)?;
         let reviewed = session.reviewed(&wanted).await?;
-        for one in &reviewed {
-            confirm(context, approve, &one.pending)?;
+        match &confirmed {
+            Some(confirmed) => require_same(confirmed, &reviewed)?,
+            None => confirm(context, approve, &reviewed)?,
         }
         session.approve(context, &config, reviewed).await
     })?;
@@ -138,6 +135,36 @@ impl Done {
     }
 }
 
+/// The token of a command, which stays open while the database is closed.
+struct Token<'a> {
+    admin: Admin,
+    organization: Organization<'a>,
+    new: NewPins,
+}
+
+impl<'a> Token<'a> {
+    fn open(
+        config: &Config,
+        pin: &UserPin,
+        organization: Organization<'a>,
+    ) -> Result<Self, Failure> {
+        Ok(Self {
+            admin: open_token(config, &pin.get(config.token())?, organization)?,
+            organization,
+            new: NewPins::of(organization.settings),
+        })
+    }
+
+    fn pins<'b>(&'b self, store: &'b dyn Tables) -> Pins<'b> {
+        Pins {
+            store,
+            admin: &self.admin,
+            organization: self.organization.id,
+            new: &self.new,
+        }
+    }
+}
+
 /// The parts of an approval by a person.
 struct Session<'a> {
     api: Api<'a>,
@@ -146,7 +173,20 @@ struct Session<'a> {
     arguments: &'a Approve,
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    fn open(
+        token: &'a Token<'_>,
+        store: &'a dyn Tables,
+        arguments: &'a Approve,
+    ) -> Result<Self, Failure> {
+        Ok(Self {
+            api: Api::open(token.organization)?,
+            pins: token.pins(store),
+            organization: token.organization,
+            arguments,
+        })
+    }
+
     async fn reviewed(&mut self, wanted: &[Guid]) -> Result<Vec<Reviewed>, Failure> {
         let found = self.api.pending().await?;
         let mut reviewed = Vec::new();
@@ -182,7 +222,7 @@ impl Session<'_> {
         // The log of the command is written by code that is not async.
         block_in_place(|| {
             audited_in_parts(context, config, action, describe, |log| {
-                wait(decision::approve(api, log, organization, ready)).map_err(Failure::from)
+                wait(decision::approve(api, log, organization, ready))?.map_err(Failure::from)
             })
         })?;
         results.extend(approved.iter().map(|pending| Done::of(pending, None)));
@@ -203,10 +243,9 @@ impl Session<'_> {
             Ok(policy) => policy,
             Err(why) => return Ok(Err(why)),
         };
-        let approved = match reviewed.release(self.pins.admin, self.organization, key) {
+        let approved = match reviewed.release(self.pins.admin, self.organization, key)? {
             Ok(approved) => approved,
-            Err(AdminError::Untrusted(why)) => return Ok(Err(Refusal::Token(why))),
-            Err(error) => return Err(error.into()),
+            Err(why) => return Ok(Err(why)),
         };
         if policy.is_some() {
             self.pins
@@ -237,25 +276,40 @@ fn wait<T>(work: impl Future<Output = T>) -> T {
     Handle::current().block_on(work)
 }
 
-/// Compares the phrase that the member read out. A person who only agrees to what is on the screen compares nothing. All five words
+/// Compares the phrases that the members read out. A person who only agrees to what is on the screen compares nothing. All five words
 /// are compared: a key whose phrase has two given words is found with about 2^26 attempts.
-fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<(), Failure> {
+fn confirm(context: &Context, approve: &Approve, reviewed: &[Reviewed]) -> Result<(), Failure> {
     if approve.yes {
         return Ok(());
     }
-    let heard = match &approve.phrase {
-        Some(heard) => words(heard),
-        None => words(&typed(context, pending)?),
-    };
-    if heard == *pending.phrase().words() {
-        return Ok(());
+    for Reviewed { pending, .. } in reviewed {
+        let heard = match &approve.phrase {
+            Some(heard) => words(heard),
+            None => words(&typed(context, pending)?),
+        };
+        if heard != *pending.phrase().words() {
+            let what = format!(
+                "the words do not match the phrase of request {}; no request was approved",
+                pending.id
+            );
+            let hint = "if you typed the words correctly, deny the request: it may come from another device";
+            return Err(Failure::new(Exit::Verification, what).hint(hint));
+        }
     }
+    Ok(())
+}
+
+/// Requires that the requests are still those that a person confirmed: a server could exchange the public key after the comparison.
+fn require_same(confirmed: &[Reviewed], now: &[Reviewed]) -> Result<(), Failure> {
+    let mut both = confirmed.iter().zip(now);
+    let Some((_, changed)) = both.find(|(confirmed, now)| !now.is_same_as(confirmed)) else {
+        return Ok(());
+    };
     let what = format!(
-        "the words do not match the phrase of request {}; no request was approved",
-        pending.id
+        "request {}, its member or the member's key changed after you typed the phrase; no request was approved",
+        changed.pending.id
     );
-    let hint =
-        "if you typed the words correctly, deny the request: it may come from another device";
+    let hint = "list the requests again, and deny a request whose phrase has changed";
     Err(Failure::new(Exit::Verification, what).hint(hint))
 }
 
@@ -308,7 +362,7 @@ pub(super) fn deny(deny: &Deny, context: &Context) -> Result<(), Failure> {
         let action = "bitwarden.approvals";
         block_in_place(|| {
             audited_in_parts(context, &config, action, describe, |log: &AuditLog| {
-                wait(decision::deny(&mut api, log, organization, denied)).map_err(Failure::from)
+                wait(decision::deny(&mut api, log, organization, denied))
             })
         })?;
         Ok::<_, Failure>(pending)

@@ -71,17 +71,19 @@ impl Entries {
     }
 }
 
-/// Approves requests for which the token has re-encrypted the user keys.
+/// Approves requests for which the token has re-encrypted the user keys. The inner result is that of the call. After an outer error,
+/// which is one of the audit log, the server may have accepted the approvals.
 pub(super) async fn approve(
     api: &mut Api<'_>,
     log: &AuditLog,
     organization: Organization<'_>,
     ready: Vec<(Decided, Approved)>,
-) -> Result<(), CallError> {
+) -> Result<Result<(), CallError>, Failure> {
     let (decided, approved): (Vec<_>, Vec<_>) = ready.into_iter().unzip();
     let entries = begin(log, APPROVE, organization, decided).await?;
     let sent = api.approve(&approved).await;
-    end(log, &entries, sent).await
+    end(log, &entries, &sent).await?;
+    Ok(sent)
 }
 
 /// Denies requests.
@@ -90,11 +92,12 @@ pub(super) async fn deny(
     log: &AuditLog,
     organization: Organization<'_>,
     denied: Vec<Decided>,
-) -> Result<(), CallError> {
+) -> Result<(), Failure> {
     let requests: Vec<Guid> = denied.iter().map(|one| one.pending.id).collect();
     let entries = begin(log, DENY, organization, denied).await?;
     let sent = api.deny(&requests).await;
-    end(log, &entries, sent).await
+    end(log, &entries, &sent).await?;
+    sent.map_err(Failure::from)
 }
 
 async fn begin(
@@ -113,9 +116,9 @@ async fn begin(
 async fn end(
     log: &AuditLog,
     entries: &[Entries],
-    sent: Result<(), CallError>,
-) -> Result<(), CallError> {
-    let outcome = match &sent {
+    sent: &Result<(), CallError>,
+) -> Result<(), Failure> {
+    let outcome = match sent {
         Ok(()) => Outcome::Ok,
         Err(error) if error.may_have_happened => Outcome::Unknown,
         Err(_) => Outcome::Failed,
@@ -123,5 +126,5 @@ async fn end(
     for one in entries {
         one.end(log, outcome).await?;
     }
-    sent
+    Ok(())
 }

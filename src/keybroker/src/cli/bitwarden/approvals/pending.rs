@@ -21,6 +21,8 @@ pub(super) enum RequestError {
     Json(#[from] serde_json::Error),
     #[error("`{0}` is not a GUID")]
     Guid(&'static str),
+    #[error("`userId` is the GUID of zeros, which no member has")]
+    NoMember,
     #[error("`{name}` is not 1 to {bytes_max} bytes without control characters")]
     Text {
         name: &'static str,
@@ -46,12 +48,16 @@ pub(super) enum RequestError {
     Twice,
 }
 
+/// The id that no member has: rows about approvals without a person have it in place of a member.
+pub(super) const NO_MEMBER: Guid = Guid::from_bytes([0; 16]);
 /// The time after which the server no longer accepts an answer.
 const LIFETIME: Duration = Duration::from_hours(7 * 24);
 /// A request that is dated later than this time from now is refused, because it would never expire.
 const AHEAD_MAX: Duration = Duration::from_mins(10);
 const EMAIL_BYTES_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 256;
+/// Longest reason that is shown, in characters. The reason may contain a value of any length that the server sent.
+const REASON_CHARS_MAX: usize = 300;
 /// Longest public key in base64: that of RSA-4096.
 const PUBLIC_KEY_BYTES_MAX: usize = 1_024;
 
@@ -99,11 +105,19 @@ pub(super) struct Unreadable {
     pub(super) why: RequestError,
 }
 
+impl Unreadable {
+    /// The reason, shortened.
+    pub(super) fn reason(&self) -> String {
+        let reason = self.why.to_string();
+        reason.chars().take(REASON_CHARS_MAX).collect()
+    }
+}
+
 impl fmt::Display for Unreadable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.id {
-            Some(id) => write!(f, "request {id}: {}", self.why),
-            None => write!(f, "a request without a readable id: {}", self.why),
+            Some(id) => write!(f, "request {id}: {}", self.reason()),
+            None => write!(f, "a request without a readable id: {}", self.reason()),
         }
     }
 }
@@ -137,6 +151,10 @@ impl Pending {
 impl Wire {
     fn checked(self, now: Timestamp) -> Result<Pending, RequestError> {
         let guid = |name, text: &str| Guid::parse(text).ok_or(RequestError::Guid(name));
+        let member = guid("userId", &self.user_id)?;
+        if member == NO_MEMBER {
+            return Err(RequestError::NoMember);
+        }
         let text = |name, text: String, bytes_max: usize| {
             let is_good =
                 (1..=bytes_max).contains(&text.len()) && !text.chars().any(char::is_control);
@@ -164,7 +182,7 @@ impl Wire {
         }
         Ok(Pending {
             id: guid("id", &self.id)?,
-            member: guid("userId", &self.user_id)?,
+            member,
             organization_user: guid("organizationUserId", &self.organization_user_id)?,
             email: text("email", self.email, EMAIL_BYTES_MAX)?,
             public_key,
@@ -259,6 +277,7 @@ mod tests {
         let long = "x".repeat(300);
         for (field, value, word) in [
             ("userId", json!("x"), "userId"),
+            ("userId", json!(NO_MEMBER.to_string()), "no member has"),
             ("organizationUserId", json!(1), "string"),
             ("email", json!("a\u{1b}[2J@b"), "email"),
             ("email", json!(long), "email"),
@@ -288,5 +307,13 @@ mod tests {
         }
         let unreadable = Pending::parse(&json!([]), now()).unwrap_err();
         assert!(unreadable.to_string().contains("without a readable id"));
+    }
+
+    #[test]
+    fn a_long_value_is_not_repeated_in_the_reason() {
+        let bad = json!("x".repeat(100_000));
+        let unreadable = Pending::parse(&bad, now()).unwrap_err();
+        let text = unreadable.to_string();
+        assert!(text.contains("xxx") && text.len() < 400, "{text}");
     }
 }

@@ -4,9 +4,13 @@
 //!
 //! Not protected: a wrapped key that is not pinned for its member yet, and a pin that was removed from the database.
 
-use std::fmt;
+use std::{
+    cell::Cell,
+    fmt,
+    time::{Duration, Instant},
+};
 
-use crate::cli::exit::Failure;
+use crate::{cli::exit::Failure, config::bitwarden::Settings};
 use keybroker_core::{call::Timestamp, organization::Guid};
 use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
@@ -97,12 +101,48 @@ impl MemberKey {
     }
 }
 
+const HOUR: Duration = Duration::from_hours(1);
+/// Lowest limit of new pins within an hour.
+const NEW_PINS_MIN: u32 = 100;
+/// New pins within an hour for each request that may be approved without a person in this time.
+const NEW_PINS_FACTOR: u32 = 10;
+
+/// The number of keys that this process pins within an hour. Without a limit, a server that invents members could fill the database.
+#[derive(Debug)]
+pub(super) struct NewPins {
+    per_hour: u32,
+    /// The beginning of the hour, and the number of pins since then.
+    made: Cell<(Instant, u32)>,
+}
+
+impl NewPins {
+    pub(super) fn of(settings: &Settings) -> Self {
+        let per_hour = settings.automatic_per_hour.saturating_mul(NEW_PINS_FACTOR);
+        Self {
+            per_hour: per_hour.max(NEW_PINS_MIN),
+            made: Cell::new((Instant::now(), 0)),
+        }
+    }
+
+    /// Counts a pin. Returns whether the limit permits it.
+    fn take(&self, now: Instant) -> bool {
+        let (begun, made) = match self.made.get() {
+            (begun, _) if now.saturating_duration_since(begun) >= HOUR => (now, 0),
+            hour => hour,
+        };
+        let is_permitted = made < self.per_hour;
+        self.made.set((begun, made + u32::from(is_permitted)));
+        is_permitted
+    }
+}
+
 /// The pins of one organisation.
 #[derive(Clone, Copy)]
 pub(super) struct Pins<'a> {
     pub(super) store: &'a dyn Tables,
     pub(super) admin: &'a Admin,
     pub(super) organization: Guid,
+    pub(super) new: &'a NewPins,
 }
 
 impl Pins<'_> {
@@ -144,16 +184,20 @@ impl Pins<'_> {
         Ok(self.admin.verify(key, &row.mac_message(), &row.mac)?)
     }
 
-    /// Compares a wrapped key with the pins, and pins a key that is seen for the first time.
-    pub(super) async fn state_and_pin(&self, key: &MemberKey) -> Result<KeyState, Failure> {
+    /// Compares a wrapped key with the pins, and pins a key that is seen for the first time. Returns `None` if this process has pinned too
+    /// many keys within an hour to pin this key.
+    pub(super) async fn state_and_pin(&self, key: &MemberKey) -> Result<Option<KeyState>, Failure> {
         let state = self.state(key).await?;
         if state != KeyState::FirstSeen {
-            return Ok(state);
+            return Ok(Some(state));
+        }
+        if !self.new.take(Instant::now()) {
+            return Ok(None);
         }
         match self.store.add_member_key(&self.row(key)?).await {
-            Ok(()) => Ok(KeyState::FirstSeen),
+            Ok(()) => Ok(Some(KeyState::FirstSeen)),
             // Another process pinned this key at the same moment, perhaps for another member.
-            Err(store::Error::Exists) => self.state(key).await,
+            Err(store::Error::Exists) => self.state(key).await.map(Some),
             Err(error) => Err(error.into()),
         }
     }
@@ -192,5 +236,32 @@ impl Pins<'_> {
             .admin
             .mac(self.organization.key_id(), &row.mac_message())?;
         Ok(row)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_pins_are_limited_until_the_hour_ends() {
+        let begun = Instant::now();
+        let new = NewPins {
+            per_hour: 2,
+            made: Cell::new((begun, 0)),
+        };
+        for (seconds, is_permitted) in [
+            (0, true),
+            (1, true),
+            (2, false),
+            (3_599, false),
+            (3_600, true),
+            (7_000, true),
+            (7_199, false),
+            (7_200, true),
+        ] {
+            let now = begun + Duration::from_secs(seconds);
+            assert_eq!(new.take(now), is_permitted, "after {seconds} s");
+        }
     }
 }

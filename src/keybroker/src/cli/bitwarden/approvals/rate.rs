@@ -9,10 +9,8 @@ use keybroker_store::MemberKeyRow;
 
 use crate::cli::exit::Failure;
 
-use super::{key::sha256, pins::Pins};
+use super::{key::sha256, pending::NO_MEMBER, pins::Pins};
 
-/// The id in place of the member in the row of a slot. A server does not give this id to a member.
-const SLOT_MEMBER: Guid = Guid::from_bytes([0; 16]);
 const HOUR_US: i64 = 3_600 * 1_000_000;
 /// Highest number of attempts to take a slot while other services take slots at the same moment.
 const ATTEMPTS_MAX: usize = 20;
@@ -33,10 +31,7 @@ impl Pins<'_> {
 
     /// The outer error is one of the database, which another service may have caused.
     async fn try_slot(&self, slots: u32) -> Result<Result<bool, Failure>, store::Error> {
-        let used = self
-            .store
-            .member_keys(self.organization, SLOT_MEMBER)
-            .await?;
+        let used = self.store.member_keys(self.organization, NO_MEMBER).await?;
         let last = used.first().map(|row| row.digest);
         let last = (0..slots).find(|slot| last == Some(digest_of(*slot)));
         let slot = last.map_or(0, |last| (last + 1) % slots);
@@ -72,7 +67,7 @@ fn slot_row(organization: Guid, slot: u32) -> MemberKeyRow {
     MemberKeyRow {
         organization,
         digest: digest_of(slot),
-        member: SLOT_MEMBER,
+        member: NO_MEMBER,
         email: [0; 32],
         pinned: Timestamp::now(),
         mac: [0; 32],

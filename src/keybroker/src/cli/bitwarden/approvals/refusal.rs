@@ -11,6 +11,12 @@ pub(super) enum Refusal {
     NoMember,
     #[error(transparent)]
     Key(#[from] KeyError),
+    #[error("the server does not return the member's key: {0}")]
+    Server(String),
+    #[error(
+        "too many new keys: this process has pinned the keys of many other members within an hour, and does not pin this key yet"
+    )]
+    NewKeys,
     /// The token does not release the key. The text is that of the token's worker.
     #[error("{0}")]
     Token(String),

@@ -18,7 +18,7 @@ use crate::{
     config::Config,
 };
 use keybroker_core::{call::Timestamp, organization::Guid};
-use keybroker_hsm::admin::{Admin, AdminError};
+use keybroker_hsm::admin::{Admin, AdminError, DeviceRelease};
 use keybroker_store as store;
 use keybroker_store::{StoreLock, tables::Tables};
 use keybroker_worker_protocol::PinSource;
@@ -57,7 +57,8 @@ pub(super) fn open_token(
     Ok(admin)
 }
 
-/// Opens the database, calls `work`, and closes the database. No other process may change an embedded database meanwhile.
+/// Opens the database, calls `work`, and closes the database. Meanwhile, no other process can use an embedded database, so `work` must not
+/// wait for a person.
 pub(super) fn with_store<T>(
     config: &Config,
     work: impl AsyncFnOnce(&Arc<dyn Tables>) -> Result<T, Failure>,
@@ -71,7 +72,7 @@ pub(super) fn with_store<T>(
     })?
 }
 
-/// Locks an embedded database. Another command of this kind, such as `approvals run`, needs the lock only for a moment.
+/// Locks an embedded database. Another command of this kind, such as `approvals run`, usually needs the lock only for a moment.
 fn lock(config: &Config) -> Result<StoreLock, Failure> {
     let until = Instant::now() + LOCK_WAIT;
     loop {
@@ -100,17 +101,19 @@ pub(super) async fn review(
         let key = Err(Refusal::Expired);
         return Ok(Reviewed { pending, key });
     }
-    let details = api.details(pending.organization_user).await?;
-    let wrapped = match &details {
-        None => Err(Refusal::NoMember),
-        Some(details) => details.wrapped_key().map_err(Refusal::from),
+    let wrapped = match api.details(pending.organization_user).await {
+        Ok(None) => Err(Refusal::NoMember),
+        Ok(Some(details)) => details.wrapped_key().map_err(Refusal::from),
+        // The answer about one member must not hold up the requests of the others.
+        Err(error) if error.others_may_succeed => Err(Refusal::Server(error.failure.message)),
+        Err(error) => return Err(error.into()),
     };
     let key = match wrapped {
         Ok(key) => {
             let state = pins
                 .state_and_pin(&MemberKey::new(&pending, key.digest))
                 .await?;
-            Ok((key, state))
+            state.map(|state| (key, state)).ok_or(Refusal::NewKeys)
         }
         Err(why) => Err(why),
     };
@@ -148,20 +151,46 @@ impl Reviewed {
         ]
     }
 
-    /// Lets the token re-encrypt the member's key for the device.
+    /// Whether this review has the same parts as an earlier one, for which a person typed the phrase. The earlier review pinned a key that
+    /// was seen for the first time, so the key is known now.
+    pub(super) fn is_same_as(&self, earlier: &Self) -> bool {
+        let parts = |reviewed: &Self| {
+            let pending = &reviewed.pending;
+            let key = reviewed.key.as_ref().ok().map(|(key, _)| key.digest);
+            (
+                [pending.id, pending.member, pending.organization_user],
+                pending.email.clone(),
+                pending.public_key.clone(),
+                key,
+            )
+        };
+        let is_same_state = match (&self.key, &earlier.key) {
+            (Ok((_, now)), Ok((_, before))) => {
+                now == before || (now.is_for_policy() && before.is_for_policy())
+            }
+            (now, before) => now.is_err() && before.is_err(),
+        };
+        is_same_state && parts(self) == parts(earlier)
+    }
+
+    /// Lets the token re-encrypt the member's key for the device. The inner error is the reason why this key is not released; the outer
+    /// error is a failure of the token.
     pub(super) fn release(
         &self,
         admin: &Admin,
         organization: Organization<'_>,
         key: &WrappedKey,
-    ) -> Result<Approved, AdminError> {
+    ) -> Result<Result<Approved, Refusal>, AdminError> {
         let id = organization.id.key_id();
         let recipient = &self.pending.public_key;
-        let ciphertext =
+        let released =
             admin.release_to_device(id, organization.fingerprint, &key.ciphertext, recipient)?;
-        Ok(Approved {
-            request: self.pending.id,
-            ciphertext,
+        Ok(match released {
+            DeviceRelease::Released(ciphertext) => Ok(Approved {
+                request: self.pending.id,
+                ciphertext,
+            }),
+            DeviceRelease::Refused(why) => Err(Refusal::Token(why)),
         })
     }
 }
@@ -185,7 +214,7 @@ impl Unreadable {
         ];
         let mut fields = vec![("request", json!(id))];
         fields.extend(unknown.map(|name| (name, json!(null))));
-        fields.push(("problem", json!(self.why.to_string())));
+        fields.push(("problem", json!(self.reason())));
         fields
     }
 }

@@ -1,10 +1,13 @@
 //! The service: looks for requests at regular intervals, approves what the policy permits, and leaves the rest to a person.
+//!
+//! A server may be hostile or slow, and a member may send requests that always fail. Therefore one request does not hold up the others, a
+//! look ends after some time, and a request that failed is not tried again.
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -19,32 +22,30 @@ use crate::{
         exit::{Exit, Failure},
         output::{Output, printable},
     },
-    config::{Config, bitwarden::Settings},
+    config::Config,
 };
 use keybroker_audit::AuditLog;
 use keybroker_core::{call::Timestamp, organization::Guid};
-use keybroker_hsm::admin::{Admin, AdminError};
-use keybroker_policy::{
-    DEFAULT_DENY,
-    device_approval::{DeviceApprovalPolicy, DeviceRequest, DeviceVerdict},
-};
+use keybroker_hsm::admin::Admin;
 use keybroker_store::tables::Tables;
 use keybroker_worker_protocol::PinSource;
 
 use super::{
     Organization, Run,
-    api::Api,
+    api::{Api, Requests},
     decision::{self, Decided},
-    inventory::Inventory,
+    key::WrappedKey,
     pending::Pending,
-    pins::{KeyState, Pins},
+    pins::{KeyState, NewPins, Pins},
     review::{Reviewed, open_token, review, with_store},
+    rules::{Facts, Rules},
+    turns::Turns,
 };
 
 /// Longest wait after repeated failures.
 const PAUSE_MAX: Duration = Duration::from_mins(15);
-/// Highest number of requests whose notes are remembered.
-const NOTED_MAX: usize = 10_000;
+/// Shortest limit of the time that a look takes. The limit is longer if the interval is longer.
+const LOOK_MIN: Duration = Duration::from_mins(1);
 
 pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
@@ -54,6 +55,7 @@ pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
     // The first look at the token shows a wrong setting at once.
     let admin = open_token(&config, &pin, organization)?;
     let terminated = terminations()?;
+    let new_pins = NewPins::of(organization.settings);
     audited_in_parts(
         context,
         &config,
@@ -66,9 +68,16 @@ pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
                 organization,
                 log,
                 output: context.output,
+                terminated: &terminated,
+                new_pins: &new_pins,
                 rules,
+                rules_problem: None,
                 admin: Some(admin),
+                turns: Turns::default(),
+                failed: HashMap::new(),
+                is_limited: false,
                 noted: HashMap::new(),
+                without_id: 0,
             };
             if run.once {
                 return service.look();
@@ -77,38 +86,9 @@ pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
                 "looking for requests of organisation {} every {} s",
                 organization.id, organization.settings.interval_seconds
             ));
-            service.serve(&terminated)
+            service.serve()
         },
     )
-}
-
-/// What decides about a request without a person.
-#[derive(Debug, Default)]
-struct Rules {
-    policy: Option<DeviceApprovalPolicy>,
-    inventory: Inventory,
-}
-
-impl Rules {
-    fn load(settings: &Settings) -> Result<Self, Failure> {
-        let bad = |setting: &str, why: String| {
-            Failure::new(Exit::Configuration, format!("`{setting}`: {why}"))
-        };
-        let policy = settings
-            .policy_file
-            .as_deref()
-            .map(DeviceApprovalPolicy::load);
-        let inventory = settings.inventory_file.as_deref().map(Inventory::load);
-        Ok(Self {
-            policy: policy
-                .transpose()
-                .map_err(|problems| bad("policy_file", problems.to_string()))?,
-            inventory: inventory
-                .transpose()
-                .map_err(|error| bad("inventory_file", error.to_string()))?
-                .unwrap_or_default(),
-        })
-    }
 }
 
 struct Service<'a> {
@@ -117,18 +97,31 @@ struct Service<'a> {
     organization: Organization<'a>,
     log: &'a AuditLog,
     output: Output,
+    /// Closed at the first SIGTERM.
+    terminated: &'a Receiver<()>,
+    new_pins: &'a NewPins,
     rules: Rules,
+    /// Why the files of the rules could not be loaded the last time.
+    rules_problem: Option<String>,
     /// The token, unless the last job failed because of it.
     admin: Option<Admin>,
-    /// What was last said about each pending request, so that the log has one line and not one for each look.
+    turns: Turns,
+    /// The listed requests that the token or the server refused, each with the digest of the member's wrapped key and the reason. They are
+    /// not tried again: otherwise, each look would use the token, and perhaps a slot, for a request that always fails.
+    failed: HashMap<Guid, ([u8; 32], String)>,
+    /// Whether `automatic_per_hour` was reached in this look.
+    is_limited: bool,
+    /// What was last said about each listed request, so that the log has one line and not one for each look.
     noted: HashMap<Guid, String>,
+    /// Number of requests without a readable id in the last look.
+    without_id: usize,
 }
 
 impl Service<'_> {
     /// Looks at regular intervals until the process is told to end. Failures that may end by themselves are reported, and the
     /// waits become longer.
-    fn serve(&mut self, terminated: &Receiver<()>) -> Result<(), Failure> {
-        let interval = Duration::from_secs(self.organization.settings.interval_seconds);
+    fn serve(&mut self) -> Result<(), Failure> {
+        let interval = self.interval();
         let mut failures = 0_u32;
         loop {
             match self.look() {
@@ -142,43 +135,90 @@ impl Service<'_> {
             // The first pause after a failure is as long as every other.
             let doubled = failures.saturating_sub(1);
             let longer = interval.saturating_mul(2_u32.saturating_pow(doubled));
-            match terminated.recv_timeout(longer.min(PAUSE_MAX.max(interval))) {
+            let pause = longer.min(PAUSE_MAX.max(interval));
+            match self.terminated.recv_timeout(pause) {
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
         }
     }
 
+    fn interval(&self) -> Duration {
+        Duration::from_secs(self.organization.settings.interval_seconds)
+    }
+
+    fn is_terminated(&self) -> bool {
+        self.terminated.try_recv() != Err(TryRecvError::Empty)
+    }
+
     /// Looks once. The database is open only meanwhile, so that other commands can use an embedded database.
     fn look(&mut self) -> Result<(), Failure> {
-        match Rules::load(self.organization.settings) {
-            Ok(rules) => self.rules = rules,
+        self.load_rules();
+        with_store(self.config, async |store| self.process(&**store).await)
+    }
+
+    /// Loads the policy and the inventory as they are now. A problem is reported once.
+    fn load_rules(&mut self) {
+        let problem = match Rules::load(self.organization.settings) {
+            Ok(rules) => {
+                self.rules = rules;
+                None
+            }
             Err(failure) => {
                 // Devices may have been removed from an inventory that cannot be read, and permissions from a policy.
                 self.rules = Rules::default();
                 let what = format!("warning: {failure}; every request waits for a person");
-                self.output.note(&what);
+                Some(what)
             }
+        };
+        if problem != self.rules_problem
+            && let Some(what) = &problem
+        {
+            self.output.note(what);
         }
-        with_store(self.config, async |store| self.process(&**store).await)
+        self.rules_problem = problem;
     }
 
+    /// Looks at each request once, until the time is over or a signal arrives.
     async fn process(&mut self, store: &dyn Tables) -> Result<(), Failure> {
+        let until = Instant::now() + self.interval().max(LOOK_MIN);
         let mut api = Api::open(self.organization)?;
-        let found = api.pending().await?;
-        let readable = found.pending.iter().map(|one| one.id);
-        let unreadable = found.unreadable.iter().filter_map(|one| one.id);
-        let listed: HashSet<Guid> = readable.chain(unreadable).collect();
-        self.noted.retain(|id, _| listed.contains(id));
-        for one in &found.unreadable {
-            self.note(one.id, &one.to_string());
-        }
+        let mut found = api.pending().await?;
+        self.begin(&found);
         let counts = counts(&found.pending);
+        self.turns.order(&mut found.pending, |one| one.id);
         for pending in found.pending {
+            if self.is_terminated() || Instant::now() >= until {
+                break;
+            }
+            self.turns.take(pending.id);
             let of_member = counts.get(&pending.member).copied().unwrap_or(1);
             self.decide(&mut api, store, pending, of_member).await?;
         }
         Ok(())
+    }
+
+    /// Forgets the requests that are no longer listed, and reports those that cannot be read.
+    fn begin(&mut self, found: &Requests) {
+        self.is_limited = false;
+        let mut listed: HashSet<Guid> = found.pending.iter().map(|one| one.id).collect();
+        let mut without_id = 0;
+        for one in &found.unreadable {
+            match one.id {
+                // Two texts about one id would replace each other in each look.
+                Some(id) if listed.insert(id) => self.note(id, &one.to_string()),
+                Some(_) => {}
+                None => without_id += 1,
+            }
+        }
+        if without_id != self.without_id && without_id > 0 {
+            self.output.note(&format!(
+                "warning: requests without a readable id: {without_id}; `keybroker bitwarden approvals list` shows the reasons"
+            ));
+        }
+        self.without_id = without_id;
+        self.noted.retain(|id, _| listed.contains(id));
+        self.failed.retain(|id, _| listed.contains(id));
     }
 
     /// Decides about one request. An error ends this look: it is one of the server, the token or the database.
@@ -197,8 +237,13 @@ impl Service<'_> {
             store,
             admin: &admin,
             organization: self.organization.id,
+            new: self.new_pins,
         };
         let reviewed = review(api, pins, pending).await?;
+        // The answer of the server may have taken long.
+        if self.is_terminated() {
+            return Ok(());
+        }
         let waits = self.approve(api, pins, &reviewed, of_member).await?;
         // After an error, the token is opened again.
         self.admin = Some(admin);
@@ -208,7 +253,7 @@ impl Service<'_> {
             None => format!("request {} of {who}: approved", pending.id),
             Some(why) => format!("request {} of {who} waits for a person: {why}", pending.id),
         };
-        self.note(Some(pending.id), &what);
+        self.note(pending.id, &what);
         Ok(())
     }
 
@@ -224,89 +269,76 @@ impl Service<'_> {
             Ok(found) => found,
             Err(why) => return Ok(Some(why.to_string())),
         };
-        let pinned = match state {
+        let key_pinned = match state {
             KeyState::Known { since } => *since,
             KeyState::FirstSeen => Timestamp::now(),
             _ => return Ok(Some(state.to_string())),
         };
-        let verdict = self.verdict(&reviewed.pending, pinned, of_member);
-        if !verdict.approves {
-            for (policy, error) in &verdict.errors {
-                self.output.note(&format!(
-                    "warning: cannot evaluate policy {policy}: {error}"
-                ));
-            }
-            return Ok(Some(why(&verdict)));
+        let pending = &reviewed.pending;
+        if let Some((digest, why)) = self.failed.get(&pending.id)
+            && *digest == key.digest
+        {
+            return Ok(Some(why.clone()));
         }
-        let slots = self.organization.settings.automatic_per_hour;
-        if !pins.take_slot(slots).await? {
-            return Ok(Some(format!(
-                "the limit `automatic_per_hour` ({slots}) is reached"
-            )));
-        }
-        let approved = match reviewed.release(pins.admin, self.organization, key) {
-            Ok(approved) => approved,
-            Err(AdminError::Untrusted(why)) => return Ok(Some(why)),
-            Err(error) => return Err(error.into()),
-        };
-        let decided = Decided {
-            pending: reviewed.pending.clone(),
-            digest: Some(key.digest),
-            policy: Some(verdict.policy),
-        };
-        decision::approve(api, self.log, self.organization, vec![(decided, approved)]).await?;
-        Ok(None)
-    }
-
-    fn verdict(&self, pending: &Pending, key_pinned: Timestamp, of_member: u32) -> DeviceVerdict {
-        let Some(policy) = &self.rules.policy else {
-            return DeviceVerdict {
-                approves: false,
-                policy: String::new(),
-                errors: Vec::new(),
-            };
-        };
-        let settings = self.organization.settings;
-        let networks = pending.address.map(|address| settings.networks_of(address));
-        policy.decide(&DeviceRequest {
-            organization: self.organization.id,
-            member: pending.member,
-            email: &pending.email,
-            device: &pending.device,
-            device_type: &pending.device_type,
-            address: pending.address,
-            country: pending.country.as_deref(),
-            networks: &networks.unwrap_or_default(),
-            is_in_inventory: self.rules.inventory.has(&pending.device, &pending.email),
+        let facts = Facts {
             key_pinned,
             pending_of_member: of_member,
-            created: pending.created,
-            at: Timestamp::now(),
-        })
+        };
+        let policy = match self.permitted(pending, facts) {
+            Ok(policy) => policy,
+            Err(why) => return Ok(Some(why)),
+        };
+        let slots = self.organization.settings.automatic_per_hour;
+        let limit = || format!("the limit `automatic_per_hour` ({slots}) is reached");
+        if self.is_limited {
+            return Ok(Some(limit()));
+        }
+        // A slot is taken only for a key that the token releases: a member whose key is damaged must not use up the slots of all members.
+        let approved = match reviewed.release(pins.admin, self.organization, key)? {
+            Ok(approved) => approved,
+            Err(why) => return Ok(Some(self.record_failure(pending, key, why.to_string()))),
+        };
+        if !pins.take_slot(slots).await? {
+            // The ciphertext is dropped. It needs no audit entry, because it leaves this process only with an approval.
+            self.is_limited = true;
+            return Ok(Some(limit()));
+        }
+        let decided = Decided {
+            pending: pending.clone(),
+            digest: Some(key.digest),
+            policy: Some(policy),
+        };
+        let ready = vec![(decided, approved)];
+        match decision::approve(api, self.log, self.organization, ready).await? {
+            Ok(()) => Ok(None),
+            Err(error) if error.others_may_succeed && !error.may_have_happened => Ok(Some(
+                self.record_failure(pending, key, error.failure.message),
+            )),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Returns the policy that approves a request, or the reason why the request waits. An approval must be permitted by the files as they
+    /// are now, and not as they were at the beginning of a long look.
+    fn permitted(&mut self, pending: &Pending, facts: Facts) -> Result<String, String> {
+        let Organization { id, settings, .. } = self.organization;
+        self.rules.decide(id, settings, pending, facts)?;
+        self.load_rules();
+        self.rules.decide(id, settings, pending, facts)
+    }
+
+    /// Records that the token or the server refused a request. Returns the reason.
+    fn record_failure(&mut self, pending: &Pending, key: &WrappedKey, why: String) -> String {
+        self.failed.insert(pending.id, (key.digest, why.clone()));
+        why
     }
 
     /// Says something about a request, unless it was said before.
-    fn note(&mut self, request: Option<Guid>, what: &str) {
-        if let Some(id) = request {
-            let is_known = self.noted.get(&id).is_some_and(|known| known == what);
-            if is_known || self.noted.len() >= NOTED_MAX {
-                return;
-            }
-            self.noted.insert(id, what.to_owned());
+    fn note(&mut self, request: Guid, what: &str) {
+        if self.noted.get(&request).is_none_or(|known| known != what) {
+            self.noted.insert(request, what.to_owned());
+            self.output.note(what);
         }
-        self.output.note(what);
-    }
-}
-
-/// Why a request is not approved without a person.
-fn why(verdict: &DeviceVerdict) -> String {
-    match verdict.policy.as_str() {
-        "" => "no `policy_file` is configured, or the file is invalid".to_owned(),
-        DEFAULT_DENY => "no policy permits the approval".to_owned(),
-        policy if verdict.errors.iter().any(|(broken, _)| broken == policy) => {
-            format!("policy {policy} cannot be evaluated")
-        }
-        policy => format!("policy {policy} forbids the approval"),
     }
 }
 
@@ -315,7 +347,7 @@ fn is_worth_waiting(failure: &Failure) -> bool {
     !failure.exit.needs_person() && failure.exit != Exit::Pin
 }
 
-/// Starts a thread that reports the first SIGTERM, so that a decision in progress is completed.
+/// Returns a channel that a thread closes at the first SIGTERM, so that a decision in progress is completed.
 fn terminations() -> Result<Receiver<()>, Failure> {
     let failed = |error| Failure::new(Exit::Internal, format!("cannot wait for signals: {error}"));
     let runtime = runtime::Builder::new_current_thread()
@@ -327,10 +359,8 @@ fn terminations() -> Result<Receiver<()>, Failure> {
     drop(entered);
     let (sender, receiver) = mpsc::channel();
     let wait = move || {
-        if runtime.block_on(terminate.recv()).is_some() {
-            // The command may have ended meanwhile.
-            let _ended = sender.send(());
-        }
+        runtime.block_on(terminate.recv());
+        drop(sender);
     };
     let thread = thread::Builder::new().name("terminate".to_owned());
     thread.spawn(wait).map_err(failed)?;

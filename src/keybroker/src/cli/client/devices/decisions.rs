@@ -238,7 +238,7 @@ fn has_ended(decided: &[Decided]) -> bool {
 fn not_tried() -> Failure {
     Failure::new(
         Exit::Unreachable,
-        "not tried, because the call before this one failed",
+        "not tried, because the broker could not be reached or did not answer the previous call in time",
     )
 }
 
@@ -294,19 +294,37 @@ fn check_ids(ids: impl Iterator<Item = AccessRequestId>) -> Result<(), Failure> 
 
 /// Reads a file with words, or standard input.
 fn read(file: &Path) -> Result<String, Failure> {
-    let mut text = String::new();
-    let read = if file == Path::new("-") {
-        io::stdin()
-            .lock()
-            .take(WORDS_FILE_BYTES_MAX)
-            .read_to_string(&mut text)
-    } else {
-        let opened = File::open(file);
-        opened.and_then(|file| file.take(WORDS_FILE_BYTES_MAX).read_to_string(&mut text))
-    };
-    let shown = file.display();
-    read.map_err(|error| usage(&format!("cannot read {shown}: {error}")))?;
-    Ok(text)
+    if file == Path::new("-") {
+        return text_of(io::stdin().lock(), file);
+    }
+    let opened = File::open(file).map_err(|error| unreadable(file, &error))?;
+    text_of(opened, file)
+}
+
+/// Reads the whole text of a file with words. A longer text is refused: if its end were cut off, the last word could be
+/// incomplete and count as a wrong guess, and the later requests would be missing without a message.
+fn text_of(source: impl io::Read, file: &Path) -> Result<String, Failure> {
+    let mut bytes = Vec::new();
+    source
+        .take(WORDS_FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| unreadable(file, &error))?;
+    let fits = u64::try_from(bytes.len()).is_ok_and(|length| length <= WORDS_FILE_BYTES_MAX);
+    if !fits {
+        let shown = file.display();
+        let kib = WORDS_FILE_BYTES_MAX / 1024;
+        return Err(usage(&format!(
+            "{shown} is longer than {kib} KiB; no request was approved. Write at most {REQUESTS_MAX} requests to one file"
+        )));
+    }
+    String::from_utf8(bytes).map_err(|_| {
+        let shown = file.display();
+        usage(&format!("{shown} is not UTF-8 text"))
+    })
+}
+
+fn unreadable(file: &Path, error: &io::Error) -> Failure {
+    usage(&format!("cannot read {}: {error}", file.display()))
 }
 
 /// The requests in the text of a file with words. A line that begins with `#` is a comment.
@@ -373,6 +391,26 @@ mod tests {
             assert!(failure.message.contains(expected), "{}", failure.message);
             assert_eq!(failure.exit, Exit::Usage);
         }
+    }
+
+    #[test]
+    fn a_file_with_words_that_is_too_long_is_refused_and_not_cut() {
+        let file = Path::new("words");
+        let limit = usize::try_from(WORDS_FILE_BYTES_MAX).unwrap();
+        let longest = "#".repeat(limit);
+        assert_eq!(text_of(longest.as_bytes(), file).unwrap(), longest);
+        // The last character of the longer text has two bytes, and the limit is between them.
+        for longer in [format!("{longest}#"), format!("{}\u{e9}", &longest[1..])] {
+            let failure = text_of(longer.as_bytes(), file).unwrap_err();
+            assert_eq!(failure.exit, Exit::Usage);
+            assert!(
+                failure.message.contains("longer than 64 KiB"),
+                "{}",
+                failure.message
+            );
+        }
+        let failure = text_of(&b"\xff"[..], file).unwrap_err();
+        assert_eq!(failure.message, "words is not UTF-8 text");
     }
 
     #[test]

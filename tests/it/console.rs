@@ -5,6 +5,7 @@ mod forms;
 mod in_browser;
 mod pages;
 mod screens;
+mod session_end;
 mod sign_in;
 mod sign_in_limits;
 mod sign_in_rates;

@@ -3,14 +3,16 @@
 //!
 //! Mitigation: M30 of `THREAT_MODEL.md`.
 
+use std::time::Duration;
+
 use aws_lc_rs::{digest, rand};
 use axum::http::{HeaderMap, HeaderValue, header};
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 
 use keybroker_core::error::{Error, Reason};
 
-use super::logins::LOGIN_LIFETIME;
-
+/// Time within which a sign-in must end.
+pub(super) const LOGIN_LIFETIME: Duration = Duration::from_mins(10);
 /// Bytes of randomness of a cookie.
 const RANDOM_BYTES: usize = 32;
 

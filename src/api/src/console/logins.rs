@@ -23,13 +23,11 @@ use keybroker_core::{
     sign_in::Begun,
 };
 
-use super::cookies::{Cookie, Digest, Value};
+use super::cookies::{Cookie, Digest, LOGIN_LIFETIME, Value};
 
 /// Highest number of sign-ins in progress. Then a new sign-in ends the oldest sign-in of the network that has the most. If several
 /// networks have the most, it ends the oldest sign-in of all of them. Sign-ins with a session end only for other sign-ins with one.
 const LOGINS_MAX: usize = 1_024;
-/// Time within which a sign-in must end.
-pub(super) const LOGIN_LIFETIME: Duration = Duration::from_mins(10);
 
 /// Highest number of concurrent exchanges of sign-ins without a session.
 const EXCHANGES_MAX: usize = 8;

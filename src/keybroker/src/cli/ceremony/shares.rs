@@ -72,7 +72,7 @@ impl Terminal {
         })
     }
 
-    /// Shows a share until its custodian has typed it back. A share that nobody wrote down would be noticed only when it is
+    /// Shows a share until its custodian has typed it back. A share that was not written down would be noticed only when it is
     /// needed.
     fn show(&mut self, custodian: &str, share: &Share) -> Result<(), Failure> {
         for _ in 0..TRIES {

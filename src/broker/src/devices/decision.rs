@@ -174,10 +174,7 @@ impl Broker {
         denial: AccessDenial,
         now: Timestamp,
     ) -> Result<DeviceChange, Error> {
-        if denial.only_pending {
-            check_pending(row, now)?;
-        }
-        let denied = denied(row, principal, now)?;
+        let denied = denied(row, principal, &denial, now)?;
         let mut change = match row.state_at(now) {
             AccessState::Pending => DeviceChange::default(),
             _ => {
@@ -304,7 +301,15 @@ fn followed(device: &DeviceRow, row: &AccessRow) -> bool {
 }
 
 /// The request after it was denied, or after its approval was withdrawn.
-fn denied(row: &AccessRow, principal: &Principal, now: Timestamp) -> Result<AccessRow, Error> {
+fn denied(
+    row: &AccessRow,
+    principal: &Principal,
+    denial: &AccessDenial,
+    now: Timestamp,
+) -> Result<AccessRow, Error> {
+    if denial.only_pending {
+        check_pending(row, now)?;
+    }
     match row.state_at(now) {
         AccessState::Pending => Ok(AccessRow {
             state: AccessState::Denied,
@@ -327,5 +332,104 @@ fn denied(row: &AccessRow, principal: &Principal, now: Timestamp) -> Result<Acce
             );
             Err(wrong_state("access_request_id", &what))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keybroker_core::{
+        device::AccessApprover,
+        key::{DeviceId, KeyName, Tenant, UserId, WrappingKeyId},
+        principal::Role,
+    };
+    use keybroker_store::{AskingDevice, DeviceAddress};
+
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::from_micros(1_000);
+    const STATES: [AccessState; 5] = [
+        AccessState::Pending,
+        AccessState::Approved,
+        AccessState::Denied,
+        AccessState::Consumed,
+        AccessState::Revoked,
+    ];
+
+    fn row(state: AccessState, expires: i64) -> AccessRow {
+        let key = WrappingKeyId::from_bytes([1; 16]);
+        AccessRow {
+            id: AccessRequestId::from_bytes([2; 16]),
+            signer: key,
+            state,
+            approver: AccessApprover::Administrator,
+            device: AskingDevice {
+                address: DeviceAddress {
+                    tenant: Tenant::default(),
+                    user: UserId::parse("ada").unwrap(),
+                    device: DeviceId::from_bytes([3; 16]),
+                },
+                name: "new".to_owned(),
+                kind: "phone".to_owned(),
+                verification_key: vec![4; 65],
+            },
+            key_name: KeyName::parse("vault").unwrap(),
+            public_key: vec![5; 294],
+            code: [6; 32],
+            code_key: key,
+            requested_by: "token:home:ada".to_owned(),
+            peer: "192.0.2.1:5000".to_owned(),
+            requested: Timestamp::from_micros(1),
+            expires: Timestamp::from_micros(expires),
+            tries: 0,
+            first_approved_by: None,
+            decision: None,
+            answer: None,
+            fetched: None,
+            closed: None,
+            answer_revision: None,
+            wrong_words: 0,
+            mac: [7; 32],
+        }
+    }
+
+    fn state_after(row: &AccessRow, only_pending: bool) -> Option<AccessState> {
+        let approver = crate::testing::service("URI:approver", &[Role::Approver]);
+        let denial = AccessDenial {
+            only_pending,
+            ..AccessDenial::from(row.id)
+        };
+        match denied(row, &approver, &denial, NOW) {
+            Ok(denied) => Some(denied.state),
+            Err(error) => {
+                assert_eq!(error.reason(), Reason::DeviceState, "{error}");
+                None
+            }
+        }
+    }
+
+    /// Another approver can approve a request between the confirmation on the page and the denial.
+    #[test]
+    fn a_denial_of_a_pending_request_withdraws_no_approval() {
+        for state in STATES {
+            let expected = (state == AccessState::Pending).then_some(AccessState::Denied);
+            let after = state_after(&row(state, 2_000), true);
+            assert_eq!(after, expected, "{state}");
+        }
+        assert_eq!(state_after(&row(AccessState::Pending, 999), true), None);
+    }
+
+    #[test]
+    fn a_denial_ends_what_is_still_open() {
+        for (state, expected) in STATES.into_iter().zip([
+            Some(AccessState::Denied),
+            Some(AccessState::Revoked),
+            None,
+            Some(AccessState::Revoked),
+            None,
+        ]) {
+            let after = state_after(&row(state, 2_000), false);
+            assert_eq!(after, expected, "{state}");
+        }
+        assert_eq!(state_after(&row(AccessState::Pending, 999), false), None);
     }
 }

@@ -111,7 +111,7 @@ impl SessionThread {
         loop {
             match self.attempt(job, deadline) {
                 Ok(bytes) => return Ok(bytes),
-                Err(Stop::Failed(failure)) => return Err(failure),
+                Err(Stop::Failed(failure)) => return Err(after_refusals(failure, refused_as)),
                 Err(Stop::SessionLost(fault)) if lost => {
                     return Err(failure(FailureClass::SessionLost, fault.to_string()));
                 }
@@ -371,6 +371,15 @@ fn require(pair: &KeyPair, purpose: Purpose) -> Result<(), Stop> {
         pair.purpose.as_str()
     );
     Err(Stop::failed(FailureClass::UnknownKey, what))
+}
+
+/// A failure that ends a job. A job that ran out of time is told apart if the token had refused its recipient before.
+fn after_refusals(mut failure: wire::Failure, refused_as: Option<i32>) -> wire::Failure {
+    let is_late = failure.class() == FailureClass::Deadline;
+    if is_late && refused_as == Some(FailureClass::Recipient.into()) {
+        failure.set_class(FailureClass::RecipientDeadline);
+    }
+    failure
 }
 
 fn check_deadline(deadline: u64) -> Result<(), Stop> {

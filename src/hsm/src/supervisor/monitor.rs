@@ -15,7 +15,7 @@ use keybroker_worker_protocol::{
 
 use crate::{
     Caller, Error,
-    job::{Answer, Job, Output},
+    job::{Answer, Job},
     link::{Link, reap},
     start::EXIT_TIMEOUT,
 };
@@ -72,6 +72,7 @@ impl Supervisor {
 
     fn take(self: &Arc<Self>, link: &Link, job: Job, reply: Reply) {
         let spent = Duration::from_nanos(reply.token_ns);
+        let tells_duration = reply.outcome.as_ref().is_some_and(tells_duration);
         let result = match reply.outcome {
             Some(Outcome::Output(bytes)) => Ok(bytes.into()),
             Some(Outcome::Failure(failure)) => {
@@ -128,7 +129,7 @@ impl Supervisor {
         if !job.work.is_self_test() {
             self.measures.operation.record(spent);
         }
-        if tells_duration(&job, &result) {
+        if tells_duration {
             self.queue.served(&job);
         }
         job.answer(result, spent);
@@ -142,7 +143,7 @@ impl Supervisor {
             FailureClass::MacRefused => Error::MacRefused,
             FailureClass::Damaged => Error::Damaged(detail),
             FailureClass::Recipient => Error::Recipient(detail),
-            FailureClass::Deadline => Error::Deadline,
+            FailureClass::Deadline | FailureClass::RecipientDeadline => Error::Deadline,
             FailureClass::BackOff => self.down(&format!("the token is busy: {detail}")),
             FailureClass::Untrusted => {
                 link.give_up(detail.clone());
@@ -232,13 +233,13 @@ impl Supervisor {
 /// callers, so a caller must not be able to raise it.
 ///
 /// The worker repeats a job that the token refuses, so the time of a refused job is many times that of other jobs. A job
-/// that ran out of time shows that the token is slow. A sealed release that ran out of time does not: its caller chooses
-/// the recipient, and the worker may have repeated the job because the token refuses the recipient's key.
-fn tells_duration(job: &Job, result: &Result<Output, Error>) -> bool {
-    match result {
-        Ok(_) => true,
-        Err(Error::Deadline) => !matches!(job.work.job(), Some(request::Job::Release(_))),
-        Err(_) => false,
+/// that ran out of time shows that the token is slow, unless the worker repeated it because the token refused the public
+/// key of a recipient, which the caller chooses.
+fn tells_duration(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::Output(_) => true,
+        Outcome::Failure(failure) => failure.class() == FailureClass::Deadline,
+        Outcome::Ready(_) | Outcome::Calling(_) => false,
     }
 }
 
@@ -332,9 +333,15 @@ mod tests {
             ),
             (
                 release(),
-                failure(FailureClass::Deadline),
+                failure(FailureClass::RecipientDeadline),
                 Operation::Release,
                 false,
+            ),
+            (
+                release(),
+                failure(FailureClass::Deadline),
+                Operation::Release,
+                true,
             ),
             (
                 request::Job::Unwrap(unwrap()),

@@ -1,5 +1,7 @@
 //! Tests sealed wrapping keys on a token, and the job of a sealed release inside the worker.
 
+use std::time::Duration;
+
 use aws_lc_rs::rsa::KeySize;
 use keybroker_core::{
     envelope::{Algorithm, MAC_BYTES},
@@ -221,6 +223,38 @@ fn a_wrong_length_for_one_recipient_does_not_make_the_token_untrusted() {
             bench.faulty.behave(&truncate("usual length", "times = 1"));
             let job = release(&bench, &wrapped, false, usual.public.spki());
             assert_eq!(bench.run(job, LONG), Err(FailureClass::Untrusted));
+        },
+    );
+}
+
+/// The front must not take the time of such a job for the speed of the token.
+#[test]
+fn a_deadline_after_a_refused_recipient_is_told_apart() {
+    with_softhsm(
+        "release::a_deadline_after_a_refused_recipient_is_told_apart",
+        |folder| {
+            let mut bench = Bench::with_keys_for(folder, &[Purpose::Sealed]);
+            let wrapped = bench.wrapped();
+            let pair = RecipientPair::generate(KeySize::Rsa3072).unwrap();
+            let spki = pair.public.spki();
+            // After a first self-test, the rule applies to each attempt of the job, and to none of the self-tests between them.
+            // The deadline passes in the second attempt.
+            bench.faulty.behave(
+                "[[rule]]\nname = \"alternating\"\nfunction = \"C_WrapKey\"\non = { every = 2 }\n\
+                 do = { delay_ms = 1000, truncate = 1 }\n",
+            );
+            let self_test = Job::SelfTest(wire::SelfTest {});
+            assert_eq!(bench.run(self_test, LONG), Ok(Vec::new()));
+            let deadline = Duration::from_millis(1_900);
+            let late = bench.run(release(&bench, &wrapped, false, spki), deadline);
+            assert_eq!(late, Err(FailureClass::RecipientDeadline));
+
+            bench.faulty.behave(
+                "[[rule]]\nname = \"slow\"\nfunction = \"C_Verify\"\ndo = { delay_ms = 400 }\n",
+            );
+            let deadline = Duration::from_millis(200);
+            let late = bench.run(release(&bench, &wrapped, false, spki), deadline);
+            assert_eq!(late, Err(FailureClass::Deadline));
         },
     );
 }

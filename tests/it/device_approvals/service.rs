@@ -15,6 +15,7 @@ use crate::{
     softhsm::write_private,
 };
 
+mod attempts;
 mod fairness;
 
 const POLICY: &str = r#"
@@ -196,8 +197,24 @@ impl Running {
         Self(command.stderr(log).stdout(Stdio::null()).spawn().unwrap())
     }
 
-    fn terminate(mut self) -> Option<i32> {
-        send(self.0.id(), Signal::TERM);
+    /// Sends SIGTERM, and waits until the thread that waits for this signal has ended.
+    fn signal(&self) {
+        let id = self.0.id();
+        send(id, Signal::TERM);
+        until("the end of the thread that waits for SIGTERM", || {
+            let tasks = fs::read_dir(format!("/proc/{id}/task")).unwrap().flatten();
+            let mut names =
+                tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+            (!names.any(|name| name.trim_end() == "terminate")).then_some(())
+        });
+    }
+
+    fn terminate(self) -> Option<i32> {
+        self.signal();
+        self.end()
+    }
+
+    fn end(mut self) -> Option<i32> {
         let ended = until("the end of the service", || self.0.try_wait().unwrap());
         ended.code()
     }

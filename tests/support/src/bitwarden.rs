@@ -8,7 +8,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -37,6 +37,9 @@ const LOGIN: [&str; 7] = [
     "scope",
 ];
 const BODY_BYTES_MAX: usize = 1024 * 1024;
+/// Longest time for which an answer is held.
+const HELD_MAX: Duration = Duration::from_mins(1);
+const HELD_PAUSE: Duration = Duration::from_millis(10);
 
 /// A member of the organisation.
 #[derive(Clone, Debug)]
@@ -88,8 +91,8 @@ pub struct Answer {
     pub location: Option<String>,
     /// Body.
     pub body: String,
-    /// How long the answer takes.
-    pub delay: Duration,
+    /// Whether the answer is held until [`Bitwarden::release`], or for a minute.
+    pub is_held: bool,
 }
 
 /// A running server.
@@ -226,6 +229,11 @@ impl Bitwarden {
             None => state.answers.remove(path),
         };
     }
+
+    /// Sends the answer that is held for a path. Later calls of the path get the same answer at once.
+    pub fn release(&self, path: &str) {
+        self.state().answers.get_mut(path).unwrap().is_held = false;
+    }
 }
 
 /// The current time as the server writes it.
@@ -262,7 +270,8 @@ async fn respond(state: &Mutex<State>, request: Request<Body>) -> Response<Body>
         state.answers.get(&path).cloned()
     };
     if let Some(answer) = answer {
-        return instead(answer).await;
+        held(state, &path).await;
+        return instead(answer);
     }
     let mut state = state.lock().unwrap();
     if path == "/identity/connect/token" && method == Method::POST {
@@ -292,8 +301,20 @@ async fn respond(state: &Mutex<State>, request: Request<Body>) -> Response<Body>
     }
 }
 
-async fn instead(answer: Answer) -> Response<Body> {
-    tokio::time::sleep(answer.delay).await;
+/// Waits until the answer of a path is released.
+async fn held(state: &Mutex<State>, path: &str) {
+    let until = Instant::now() + HELD_MAX;
+    while is_held(state, path) && Instant::now() < until {
+        tokio::time::sleep(HELD_PAUSE).await;
+    }
+}
+
+fn is_held(state: &Mutex<State>, path: &str) -> bool {
+    let state = state.lock().unwrap();
+    state.answers.get(path).is_some_and(|answer| answer.is_held)
+}
+
+fn instead(answer: Answer) -> Response<Body> {
     let status = if answer.status == 0 {
         200
     } else {

@@ -1,6 +1,6 @@
 //! One request, one member and a slow server do not hold up the others, and the service says each thing once.
 
-use std::{fs, time::Duration};
+use std::fs;
 
 use base64ct::{Base64, Encoding as _};
 use serde_json::json;
@@ -13,7 +13,7 @@ use crate::{
     softhsm::write_private,
 };
 
-const PERMIT: &str = "permit (principal, action, resource);";
+pub(super) const PERMIT: &str = "permit (principal, action, resource);";
 /// The sum overflows.
 const BROKEN: &str = r#"
     @id("broken")
@@ -38,31 +38,31 @@ fn replace_policy(desk: &Desk, text: &str) {
 }
 
 /// The lines that contain these words.
-fn lines<'a>(text: &'a str, words: &str) -> Vec<&'a str> {
+pub(super) fn lines<'a>(text: &'a str, words: &str) -> Vec<&'a str> {
     text.lines().filter(|line| line.contains(words)).collect()
 }
 
-fn looks(desk: &Desk) -> usize {
+pub(super) fn looks(desk: &Desk) -> usize {
     let call = format!("GET {}", desk.server.requests_path());
     let calls = desk.server.calls();
     calls.iter().filter(|one| **one == call).count()
 }
 
 /// Waits until the service has begun this number of looks.
-fn wait_for_looks(desk: &Desk, count: usize) {
+pub(super) fn wait_for_looks(desk: &Desk, count: usize) {
     let has_begun = || (looks(desk) >= count).then_some(());
     until_within(4 * WAIT_MAX, "looks", has_begun);
 }
 
-/// The server needs seconds for the details of a member. Returns when the service waits for them.
+/// The server holds its answer with the details of a member. Returns when the service waits for it.
 fn start_and_wait_for_details(desk: &Desk, member: &Member) -> Running {
     let path = desk.server.details_path(member);
-    let slow = Answer {
+    let held = Answer {
         body: json!({"resetPasswordKey": member.key}).to_string(),
-        delay: Duration::from_secs(3),
+        is_held: true,
         ..Answer::default()
     };
-    desk.server.answer(&path, Some(slow));
+    desk.server.answer(&path, Some(held));
     let service = Running::start(desk);
     let call = format!("GET {path}");
     let has_begun = || desk.server.calls().contains(&call).then_some(());
@@ -154,7 +154,9 @@ fn a_signal_ends_a_look_before_the_next_decision() {
     desk.request(&ada, &Device::new());
     desk.request(&bob, &Device::new());
     let service = start_and_wait_for_details(&desk, &ada);
-    assert_eq!(service.terminate(), Some(0));
+    service.signal();
+    desk.server.release(&desk.server.details_path(&ada));
+    assert_eq!(service.end(), Some(0));
     assert_eq!(desk.server.decisions(), []);
     let runs = desk.entries("bitwarden.approvals_run");
     assert_eq!(runs.last().unwrap()["outcome"], "ok");
@@ -170,6 +172,7 @@ fn a_policy_that_changes_during_a_look_applies_at_once() {
         &desk,
         "@id(\"stop\") forbid (principal, action, resource);\n@id(\"rest\") permit (principal, action, resource);",
     );
+    desk.server.release(&desk.server.details_path(&ada));
     until("the reason", || {
         let text = log(&desk);
         let said = lines(&text, &request);
@@ -177,6 +180,22 @@ fn a_policy_that_changes_during_a_look_applies_at_once() {
     });
     assert_eq!(service.terminate(), Some(0));
     assert_eq!(desk.server.decisions(), []);
+}
+
+#[test]
+fn a_command_names_the_service_if_an_embedded_database_is_in_use() {
+    let desk = desk("", PERMIT);
+    let (ada, _) = desk.member("ada@example.org");
+    desk.request(&ada, &Device::new());
+    let service = start_and_wait_for_details(&desk, &ada);
+    let listed = desk.run(&["list"]);
+    assert_eq!(listed.code, Some(9), "{listed:#?}");
+    assert!(
+        listed.stderr.contains("`bitwarden approvals run`"),
+        "{listed:#?}"
+    );
+    desk.server.release(&desk.server.details_path(&ada));
+    assert_eq!(service.terminate(), Some(0));
 }
 
 /// A line in each look would fill the disk, and so would a request that is tried in each look.

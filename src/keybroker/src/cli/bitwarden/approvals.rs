@@ -20,10 +20,12 @@ use crate::{
 use keybroker_core::{key::Fingerprint, organization::Guid};
 
 mod api;
+mod attempts;
 mod commands;
 mod decision;
 mod inventory;
 mod key;
+mod outage;
 mod pending;
 mod pins;
 mod rate;
@@ -31,6 +33,7 @@ mod refusal;
 mod review;
 mod rules;
 mod service;
+mod signals;
 mod turns;
 
 #[derive(Debug, Subcommand)]
@@ -72,10 +75,10 @@ pub(in crate::cli) struct Approve {
     /// The fingerprint phrase as the member read it out, for one request
     #[arg(long, value_name = "WORDS")]
     phrase: Option<String>,
-    /// Do not prompt for words of the phrases
+    /// Do not prompt for the words of the phrases
     #[arg(long, conflicts_with = "phrase")]
     yes: bool,
-    /// Use the member's wrapped key with this SHA-256 although its pin does not match, for one request
+    /// Use the member's wrapped key with this SHA-256 although its key pin does not match, for one request
     #[arg(long, value_name = "SHA256")]
     accept_key: Option<String>,
     #[command(flatten)]
@@ -95,7 +98,7 @@ pub(in crate::cli) struct Deny {
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Run {
-    /// Look once instead of until a signal arrives
+    /// End after one pass over the requests, instead of when a signal arrives
     #[arg(long)]
     once: bool,
     #[command(flatten)]

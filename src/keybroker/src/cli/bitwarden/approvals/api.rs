@@ -49,6 +49,8 @@ const DEVICE_ID_DOMAIN: &[u8] = b"keybroker/bitwarden-device-id/v1";
 #[derive(Debug)]
 pub(super) struct CallError {
     pub(super) failure: Failure,
+    /// HTTP status of the answer, if there was one.
+    pub(super) status: Option<u16>,
     /// Whether the server may have done what the call requested.
     pub(super) may_have_happened: bool,
     /// Whether the same call about another request may succeed: the server answered, accepts the credential and does not limit the
@@ -61,6 +63,7 @@ impl From<Failure> for CallError {
     fn from(failure: Failure) -> Self {
         Self {
             failure,
+            status: None,
             may_have_happened: false,
             others_may_succeed: false,
         }
@@ -184,6 +187,7 @@ impl<'a> Api<'a> {
                 let details = parse(&answer.body, "the details of a member").map(Some);
                 details.map_err(|failure| CallError {
                     failure,
+                    status: Some(answer.status.as_u16()),
                     may_have_happened: false,
                     others_may_succeed: true,
                 })
@@ -382,6 +386,7 @@ impl Answer {
         let concerns_all = [StatusCode::UNAUTHORIZED, StatusCode::TOO_MANY_REQUESTS];
         CallError {
             failure: self.refused(server),
+            status: Some(self.status.as_u16()),
             // After an error of the server, such as a timeout of a proxy, the result is unknown.
             may_have_happened: self.status.is_server_error(),
             others_may_succeed: !concerns_all.contains(&self.status),
@@ -421,11 +426,14 @@ async fn exchange(
     };
     let mut answer = request.send().await.map_err(|error| CallError {
         failure: unreachable(&error),
+        status: None,
         may_have_happened: !error.is_connect() && !error.is_builder(),
         others_may_succeed: false,
     })?;
+    let status = answer.status();
     let body = http::body(&mut answer, bytes_max).await;
     let body = body.map_err(|error| CallError {
+        status: Some(status.as_u16()),
         others_may_succeed: matches!(error, BodyError::TooLong),
         failure: match error {
             BodyError::Lost(error) => unreachable(&error),
@@ -436,10 +444,7 @@ async fn exchange(
         },
         may_have_happened: true,
     })?;
-    Ok(Answer {
-        status: answer.status(),
-        body,
-    })
+    Ok(Answer { status, body })
 }
 
 fn parse<'b, T: Deserialize<'b>>(body: &'b [u8], what: &str) -> Result<T, Failure> {
@@ -498,6 +503,7 @@ mod tests {
             let error = Answer { status, body }.error("https://x.example");
             assert_eq!(error.may_have_happened, may_have_happened, "{status}");
             assert_eq!(error.others_may_succeed, others_may_succeed, "{status}");
+            assert_eq!(error.status, Some(status.as_u16()));
         }
     }
 }

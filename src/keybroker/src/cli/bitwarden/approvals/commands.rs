@@ -32,7 +32,7 @@ use super::{
     review::{Reviewed, chosen, open_token, review, with_store},
 };
 
-/// What the audit entry of an approval names as its policy if a person accepted a key whose pin does not match.
+/// What the audit entry of an approval names as its policy if a person accepted a key whose key pin does not match.
 const ACCEPTED_KEY: &str = "accept-key";
 
 pub(super) fn list(list: &List, context: &Context) -> Result<(), Failure> {

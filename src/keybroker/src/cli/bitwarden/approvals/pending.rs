@@ -111,6 +111,14 @@ impl Unreadable {
         let reason = self.why.to_string();
         reason.chars().take(REASON_CHARS_MAX).collect()
     }
+
+    /// What identifies the reason when it occurs again, without text of the server.
+    pub(super) fn kind(&self) -> String {
+        match &self.why {
+            RequestError::Json(_) => "json".to_owned(),
+            why => why.to_string(),
+        }
+    }
 }
 
 impl fmt::Display for Unreadable {
@@ -315,5 +323,7 @@ mod tests {
         let unreadable = Pending::parse(&bad, now()).unwrap_err();
         let text = unreadable.to_string();
         assert!(text.contains("xxx") && text.len() < 400, "{text}");
+        let other = Pending::parse(&json!("y"), now()).unwrap_err();
+        assert_eq!(unreadable.kind(), other.kind());
     }
 }

@@ -1,4 +1,4 @@
-//! Pins: which wrapped key belongs to which member, as it was first seen, under a MAC by the organisation's integrity key. A
+//! Key pins: which wrapped key belongs to which member, as it was first seen, under a MAC by the organisation's integrity key. A
 //! hostile server could answer a thief's request with the wrapped key of another member. Then the pins show that the key belongs
 //! to the other member.
 //!
@@ -73,7 +73,7 @@ impl fmt::Display for KeyState {
                  the address has changed",
             ),
             Self::Unverified => f.write_str(
-                "the pin of the member's key does not verify: it was altered, or was made with an earlier key of the organisation",
+                "the key pin of the member does not verify: it was altered, or was made with an earlier key of the organisation",
             ),
         }
     }

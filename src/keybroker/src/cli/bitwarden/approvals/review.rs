@@ -35,6 +35,9 @@ use super::{
 /// Longest wait for an embedded database that another command uses.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
+/// The hint after this wait.
+const IN_USE: &str = "if `bitwarden approvals run` uses this database, try again after its pass over the requests; if a broker uses it, \
+                      configure a separate database for these commands";
 
 /// A token that has the organisation's key, after its checks.
 pub(super) fn open_token(
@@ -72,12 +75,14 @@ pub(super) fn with_store<T>(
     })?
 }
 
-/// Locks an embedded database. Another command of this kind, such as `approvals run`, usually needs the lock only for a moment.
+/// Locks an embedded database. Another command of this kind usually needs the lock only for a moment. A pass of
+/// `approvals run` may take much longer.
 fn lock(config: &Config) -> Result<StoreLock, Failure> {
     let until = Instant::now() + LOCK_WAIT;
     loop {
         match store::lock(&config.store) {
             Err(store::Error::InUse(_)) if Instant::now() < until => thread::sleep(LOCK_PAUSE),
+            Err(error @ store::Error::InUse(_)) => return Err(Failure::from(error).hint(IN_USE)),
             locked => return Ok(locked?),
         }
     }
@@ -105,7 +110,10 @@ pub(super) async fn review(
         Ok(None) => Err(Refusal::NoMember),
         Ok(Some(details)) => details.wrapped_key().map_err(Refusal::from),
         // The answer about one member must not hold up the requests of the others.
-        Err(error) if error.others_may_succeed => Err(Refusal::Server(error.failure.message)),
+        Err(error) if error.others_may_succeed => Err(Refusal::Server {
+            status: error.status,
+            failure: error.failure,
+        }),
         Err(error) => return Err(error.into()),
     };
     let key = match wrapped {

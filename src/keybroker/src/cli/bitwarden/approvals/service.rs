@@ -1,18 +1,12 @@
 //! The service: looks for requests at regular intervals, approves what the policy permits, and leaves the rest to a person.
 //!
-//! A server may be hostile or slow, and a member may send requests that always fail. Therefore one request does not hold up the others, a
-//! look ends after some time, and a request that failed is not tried again.
+//! A server may be hostile or slow, and a member may send requests that always fail. Therefore one request does not block the others, a
+//! pass over the requests ends after a limited time, and a request that failed or whose approval was sent is not tried again.
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError},
-    thread,
+    sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError},
     time::{Duration, Instant},
-};
-
-use tokio::{
-    runtime,
-    signal::unix::{SignalKind, signal},
 };
 
 use crate::{
@@ -32,30 +26,45 @@ use keybroker_worker_protocol::PinSource;
 
 use super::{
     Organization, Run,
-    api::{Api, Requests},
+    api::{Api, Approved, Requests},
+    attempts::Attempts,
     decision::{self, Decided},
-    key::WrappedKey,
+    outage::Outage,
     pending::Pending,
     pins::{KeyState, NewPins, Pins},
+    rate::Slot,
     review::{Reviewed, open_token, review, with_store},
     rules::{Facts, Rules},
+    signals::terminations,
     turns::Turns,
 };
 
 /// Longest wait after repeated failures.
 const PAUSE_MAX: Duration = Duration::from_mins(15);
-/// Shortest limit of the time that a look takes. The limit is longer if the interval is longer.
+/// Shortest limit of the time that a pass takes. The limit is longer if the interval is longer.
 const LOOK_MIN: Duration = Duration::from_mins(1);
+
+// Why a request that used a slot waits for a person.
+const UNKNOWN: &str =
+    "the approval was sent, and its result is unknown: compare with the event log of the server";
+const STILL_LISTED: &str = "the server accepted the approval, but still lists the request";
+const USED_BEFORE: &str =
+    "an approval of this request was sent within the last hour, and is not sent again";
 
 pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let organization = Organization::of(&config, &run.choice)?;
     let pin = run.pin.get(config.token())?;
     let rules = Rules::load(organization.settings)?;
-    // The first look at the token shows a wrong setting at once.
+    // Opening the token before the first pass shows a wrong setting at once.
     let admin = open_token(&config, &pin, organization)?;
     let terminated = terminations()?;
     let new_pins = NewPins::of(organization.settings);
+    let turns = if run.once {
+        Turns::at_random_place()?
+    } else {
+        Turns::default()
+    };
     audited_in_parts(
         context,
         &config,
@@ -73,8 +82,9 @@ pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
                 rules,
                 rules_problem: None,
                 admin: Some(admin),
-                turns: Turns::default(),
-                failed: HashMap::new(),
+                turns,
+                attempts: Attempts::default(),
+                outage: Outage::default(),
                 is_limited: false,
                 noted: HashMap::new(),
                 without_id: 0,
@@ -106,19 +116,18 @@ struct Service<'a> {
     /// The token, unless the last job failed because of it.
     admin: Option<Admin>,
     turns: Turns,
-    /// The listed requests that the token or the server refused, each with the digest of the member's wrapped key and the reason. They are
-    /// not tried again: otherwise, each look would use the token, and perhaps a slot, for a request that always fails.
-    failed: HashMap<Guid, ([u8; 32], String)>,
-    /// Whether `automatic_per_hour` was reached in this look.
+    attempts: Attempts,
+    outage: Outage,
+    /// Whether `automatic_per_hour` was reached in this pass.
     is_limited: bool,
-    /// What was last said about each listed request, so that the log has one line and not one for each look.
+    /// The kind of the last line about each listed request, so that the log does not get a line in each pass.
     noted: HashMap<Guid, String>,
-    /// Number of requests without a readable id in the last look.
+    /// Number of requests without a readable id in the last pass.
     without_id: usize,
 }
 
 impl Service<'_> {
-    /// Looks at regular intervals until the process is told to end. Failures that may end by themselves are reported, and the
+    /// Makes a pass at regular intervals until the process is told to end. Failures that may end by themselves are reported, and the
     /// waits become longer.
     fn serve(&mut self) -> Result<(), Failure> {
         let interval = self.interval();
@@ -151,7 +160,7 @@ impl Service<'_> {
         self.terminated.try_recv() != Err(TryRecvError::Empty)
     }
 
-    /// Looks once. The database is open only meanwhile, so that other commands can use an embedded database.
+    /// Makes one pass. The database is open only meanwhile, so that other commands can use an embedded database.
     fn look(&mut self) -> Result<(), Failure> {
         self.load_rules();
         with_store(self.config, async |store| self.process(&**store).await)
@@ -179,7 +188,7 @@ impl Service<'_> {
         self.rules_problem = problem;
     }
 
-    /// Looks at each request once, until the time is over or a signal arrives.
+    /// Decides about each request once, until the time is over or a signal arrives.
     async fn process(&mut self, store: &dyn Tables) -> Result<(), Failure> {
         let until = Instant::now() + self.interval().max(LOOK_MIN);
         let mut api = Api::open(self.organization)?;
@@ -201,12 +210,13 @@ impl Service<'_> {
     /// Forgets the requests that are no longer listed, and reports those that cannot be read.
     fn begin(&mut self, found: &Requests) {
         self.is_limited = false;
+        self.outage = Outage::default();
         let mut listed: HashSet<Guid> = found.pending.iter().map(|one| one.id).collect();
         let mut without_id = 0;
         for one in &found.unreadable {
             match one.id {
-                // Two texts about one id would replace each other in each look.
-                Some(id) if listed.insert(id) => self.note(id, &one.to_string()),
+                // Two texts about one id would replace each other in each pass.
+                Some(id) if listed.insert(id) => self.note(id, one.kind(), &one.to_string()),
                 Some(_) => {}
                 None => without_id += 1,
             }
@@ -218,10 +228,10 @@ impl Service<'_> {
         }
         self.without_id = without_id;
         self.noted.retain(|id, _| listed.contains(id));
-        self.failed.retain(|id, _| listed.contains(id));
+        self.attempts.retain(&listed);
     }
 
-    /// Decides about one request. An error ends this look: it is one of the server, the token or the database.
+    /// Decides about one request. An error ends this pass: it is one of the server, the token or the database.
     async fn decide(
         &mut self,
         api: &mut Api<'_>,
@@ -253,8 +263,12 @@ impl Service<'_> {
             None => format!("request {} of {who}: approved", pending.id),
             Some(why) => format!("request {} of {who} waits for a person: {why}", pending.id),
         };
-        self.note(pending.id, &what);
-        Ok(())
+        let kind = match &reviewed.key {
+            Ok(_) => what.clone(),
+            Err(why) => why.kind(),
+        };
+        self.note(pending.id, kind, &what);
+        self.outage.count(pending.organization_user, &reviewed.key)
     }
 
     /// Approves a request if the policy permits it. Returns the reason if it waits for a person.
@@ -275,10 +289,8 @@ impl Service<'_> {
             _ => return Ok(Some(state.to_string())),
         };
         let pending = &reviewed.pending;
-        if let Some((digest, why)) = self.failed.get(&pending.id)
-            && *digest == key.digest
-        {
-            return Ok(Some(why.clone()));
+        if let Some(why) = self.attempts.reason(pending.id, &key.digest) {
+            return Ok(Some(why));
         }
         let facts = Facts {
             key_pinned,
@@ -296,30 +308,67 @@ impl Service<'_> {
         // A slot is taken only for a key that the token releases: a member whose key is damaged must not use up the slots of all members.
         let approved = match reviewed.release(pins.admin, self.organization, key)? {
             Ok(approved) => approved,
-            Err(why) => return Ok(Some(self.record_failure(pending, key, why.to_string()))),
+            Err(why) => {
+                let why = why.to_string();
+                self.attempts.refused(pending.id, key.digest, &why);
+                return Ok(Some(why));
+            }
         };
-        if !pins.take_slot(slots).await? {
-            // The ciphertext is dropped. It needs no audit entry, because it leaves this process only with an approval.
-            self.is_limited = true;
-            return Ok(Some(limit()));
+        // Without a slot, the ciphertext is dropped. It needs no audit entry, because it leaves this process only with
+        // an approval.
+        match pins.take_slot(slots, pending.id).await? {
+            Slot::Taken => {}
+            Slot::TakenBefore => {
+                self.attempts.used(pending.id, USED_BEFORE);
+                return Ok(Some(USED_BEFORE.to_owned()));
+            }
+            Slot::NotFree => {
+                self.is_limited = true;
+                return Ok(Some(limit()));
+            }
         }
         let decided = Decided {
             pending: pending.clone(),
             digest: Some(key.digest),
             policy: Some(policy),
         };
+        self.send(api, decided, approved).await
+    }
+
+    /// Sends an approval that has a slot. It is sent only once, whatever the result is: the server may have the
+    /// ciphertext, so the slot is not given back, and one request that always fails would use up the slots of all
+    /// members.
+    async fn send(
+        &mut self,
+        api: &mut Api<'_>,
+        decided: Decided,
+        approved: Approved,
+    ) -> Result<Option<String>, Failure> {
+        let request = approved.request;
+        // This stays true if the audit log fails.
+        self.attempts.used(request, UNKNOWN);
         let ready = vec![(decided, approved)];
-        match decision::approve(api, self.log, self.organization, ready).await? {
-            Ok(()) => Ok(None),
-            Err(error) if error.others_may_succeed && !error.may_have_happened => Ok(Some(
-                self.record_failure(pending, key, error.failure.message),
-            )),
-            Err(error) => Err(error.into()),
+        let error = match decision::approve(api, self.log, self.organization, ready).await? {
+            Ok(()) => {
+                self.attempts.used(request, STILL_LISTED);
+                return Ok(None);
+            }
+            Err(error) => error,
+        };
+        if error.may_have_happened {
+            return Err(error.into());
         }
+        let message = &error.failure.message;
+        let why = format!("the approval failed, and is not sent again: {message}");
+        self.attempts.used(request, &why);
+        if error.others_may_succeed {
+            return Ok(Some(why));
+        }
+        Err(error.into())
     }
 
     /// Returns the policy that approves a request, or the reason why the request waits. An approval must be permitted by the files as they
-    /// are now, and not as they were at the beginning of a long look.
+    /// are now, and not as they were at the beginning of a long pass.
     fn permitted(&mut self, pending: &Pending, facts: Facts) -> Result<String, String> {
         let Organization { id, settings, .. } = self.organization;
         self.rules.decide(id, settings, pending, facts)?;
@@ -327,16 +376,10 @@ impl Service<'_> {
         self.rules.decide(id, settings, pending, facts)
     }
 
-    /// Records that the token or the server refused a request. Returns the reason.
-    fn record_failure(&mut self, pending: &Pending, key: &WrappedKey, why: String) -> String {
-        self.failed.insert(pending.id, (key.digest, why.clone()));
-        why
-    }
-
-    /// Says something about a request, unless it was said before.
-    fn note(&mut self, request: Guid, what: &str) {
-        if self.noted.get(&request).is_none_or(|known| known != what) {
-            self.noted.insert(request, what.to_owned());
+    /// Says something about a request, unless something of the same kind was said last.
+    fn note(&mut self, request: Guid, kind: String, what: &str) {
+        if self.noted.get(&request) != Some(&kind) {
+            self.noted.insert(request, kind);
             self.output.note(what);
         }
     }
@@ -345,26 +388,6 @@ impl Service<'_> {
 /// Whether the failure may end by itself. A rejected PIN, a wrong key or a wrong credential does not.
 fn is_worth_waiting(failure: &Failure) -> bool {
     !failure.exit.needs_person() && failure.exit != Exit::Pin
-}
-
-/// Returns a channel that a thread closes at the first SIGTERM, so that a decision in progress is completed.
-fn terminations() -> Result<Receiver<()>, Failure> {
-    let failed = |error| Failure::new(Exit::Internal, format!("cannot wait for signals: {error}"));
-    let runtime = runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(failed)?;
-    let entered = runtime.enter();
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    drop(entered);
-    let (sender, receiver) = mpsc::channel();
-    let wait = move || {
-        runtime.block_on(terminate.recv());
-        drop(sender);
-    };
-    let thread = thread::Builder::new().name("terminate".to_owned());
-    thread.spawn(wait).map_err(failed)?;
-    Ok(receiver)
 }
 
 /// The number of pending requests of each member.

@@ -1,28 +1,49 @@
-//! The order in which the service looks at requests. A look ends after some time, also if the server is slow, and the next look begins
-//! with the requests that the last ones did not reach.
+//! The order in which the service decides about requests. A pass ends after a limited time, also if the server is slow, and the next
+//! pass begins with the requests that the last ones did not reach.
 
 use std::collections::HashSet;
 
+use aws_lc_rs::rand;
+
+use crate::cli::exit::{Exit, Failure};
 use keybroker_core::organization::Guid;
 
-/// The requests that had a turn in this round.
+/// The order of the requests, and those that had a turn in this round.
 #[derive(Debug, Default)]
-pub(super) struct Turns(HashSet<Guid>);
+pub(super) struct Turns {
+    taken: HashSet<Guid>,
+    /// The place in the list at which each pass begins, modulo the length of the list.
+    place: usize,
+}
 
 impl Turns {
+    /// Begins at a random place. A process that makes only one pass does not know which requests the last pass did not
+    /// reach, and would otherwise always begin with the same ones.
+    pub(super) fn at_random_place() -> Result<Self, Failure> {
+        let mut bytes = [0; size_of::<usize>()];
+        rand::fill(&mut bytes)
+            .map_err(|_| Failure::new(Exit::Internal, "the random generator failed"))?;
+        Ok(Self {
+            place: usize::from_ne_bytes(bytes),
+            ..Self::default()
+        })
+    }
+
     /// Puts the requests that had no turn in this round first. After each request had a turn, a new round begins.
     pub(super) fn order<T>(&mut self, requests: &mut [T], id: impl Fn(&T) -> Guid) {
         let listed: HashSet<Guid> = requests.iter().map(&id).collect();
-        self.0.retain(|one| listed.contains(one));
-        if self.0.len() == listed.len() {
-            self.0.clear();
+        self.taken.retain(|one| listed.contains(one));
+        if self.taken.len() == listed.len() {
+            self.taken.clear();
         }
-        requests.sort_by_key(|one| self.0.contains(&id(one)));
+        let places = requests.len().max(1);
+        requests.rotate_left(self.place % places);
+        requests.sort_by_key(|one| self.taken.contains(&id(one)));
     }
 
     /// Records the turn of a request.
     pub(super) fn take(&mut self, request: Guid) {
-        self.0.insert(request);
+        self.taken.insert(request);
     }
 }
 
@@ -34,7 +55,7 @@ mod tests {
         Guid::from_bytes([number; 16])
     }
 
-    /// Each look reaches two requests.
+    /// Each pass reaches two requests.
     #[test]
     fn every_request_has_its_turn() {
         let mut turns = Turns::default();
@@ -53,5 +74,25 @@ mod tests {
         assert_eq!(look(&[6, 1, 2, 4, 5]), [6, 1, 2, 4, 5].map(id));
         assert_eq!(look(&[]), []);
         assert_eq!(look(&[2, 1]), [2, 1].map(id));
+    }
+
+    #[test]
+    fn a_pass_can_begin_at_every_place() {
+        for (place, expected) in [
+            (0, [1, 2, 3]),
+            (1, [2, 3, 1]),
+            (2, [3, 1, 2]),
+            (3, [1, 2, 3]),
+        ] {
+            let mut turns = Turns {
+                place,
+                ..Turns::default()
+            };
+            let mut requests = [1, 2, 3].map(id);
+            turns.order(&mut requests, |one| *one);
+            assert_eq!(requests, expected.map(id), "place {place}");
+        }
+        let mut turns = Turns::at_random_place().unwrap();
+        turns.order(&mut [], |one: &Guid| *one);
     }
 }

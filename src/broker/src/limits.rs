@@ -53,8 +53,8 @@ pub struct Settings {
     pub user_calls_per_minute: u32,
     /// Largest number of calls per minute for each service. Each item of a batch counts as a call.
     pub service_calls_per_minute: u32,
-    /// Largest number per minute of failed credentials for each address, and of failed attempts (rejected envelopes, wrong words of a
-    /// phrase, public keys of recipients that the token refused) for each principal.
+    /// Largest number per minute of failed credentials for each address, of failed attempts (rejected envelopes, wrong words of a
+    /// phrase) for each principal, and of recipients that the token refused for each principal.
     pub failures_per_minute: u32,
     /// Number of different users whose keys one service may release within an hour before an alert is raised.
     pub released_users_per_hour: u32,
@@ -109,6 +109,7 @@ pub struct Limits {
     services: Buckets<String>,
     failed_credentials: Buckets<IpAddr>,
     failed_attempts: Buckets<String>,
+    refused_recipients: Buckets<String>,
     turns: Cache<IpAddr, Arc<Semaphore>>,
     releases: Releases,
     replacements: Replacements,
@@ -130,6 +131,7 @@ impl Limits {
             services: Buckets::new(settings.service_calls_per_minute),
             failed_credentials: Buckets::new(settings.failures_per_minute),
             failed_attempts: Buckets::new(settings.failures_per_minute),
+            refused_recipients: Buckets::new(settings.failures_per_minute),
             turns: Cache::builder()
                 .max_capacity(CALLERS_MAX)
                 .time_to_idle(FORGOTTEN_AFTER)
@@ -209,10 +211,23 @@ impl Limits {
         taken.map_err(used_up)
     }
 
-    /// Counts a failed attempt of a principal: an envelope or the public key of a recipient that the token rejected, or wrong words of
-    /// a fingerprint phrase.
+    /// Counts a failed attempt of a principal: an envelope that the token rejected, or wrong words of a fingerprint phrase.
     pub fn fail_principal(&self, principal: &str) -> Result<(), Error> {
         let taken = self.failed_attempts.take(principal, 1);
+        taken.map_err(used_up)
+    }
+
+    /// Returns an error while the token has refused too many recipients of a principal. The error contains the time to wait. During
+    /// this time, the sealed releases of this principal are refused. Its other calls are not, because a service may pass on the
+    /// recipients of its own users.
+    pub fn check_recipients(&self, principal: &str) -> Result<(), Error> {
+        let closed = self.refused_recipients.empty_for(principal);
+        closed.map_or(Ok(()), |wait| Err(used_up(wait)))
+    }
+
+    /// Counts the public key of a recipient that the token refused.
+    pub fn fail_recipient(&self, principal: &str) -> Result<(), Error> {
+        let taken = self.refused_recipients.take(principal, 1);
         taken.map_err(used_up)
     }
 

@@ -400,7 +400,7 @@ declare! {
             end of a short fault instead of failing.";
         REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately \
             because too many requests (in total or of one principal) were waiting for their next attempt.";
-        MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because the messages in progress had too many bytes in total.";
+        MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because the messages in progress, in total or of one principal, had too many bytes.";
         CLIENT_SECRETS_REFUSED =
             "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";

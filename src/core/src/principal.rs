@@ -186,7 +186,8 @@ impl Grant {
             let cause = if [one, other].contains(&Role::Release) {
                 "administrators and auditors of the broker and approvers must not be able to obtain keys"
             } else {
-                "the audit log tells words of the fingerprint phrase that an approver must hear from the member"
+                "the audit log contains the digest of the public key of each request for access, from which the words that an approver \
+                 must hear from the member can be computed"
             };
             return Some(format!(
                 "the principal has the roles `{}` and `{}`, but {cause}",

@@ -298,7 +298,12 @@ fn runtime() -> Result<Runtime, Failure> {
         .thread_keep_alive(BLOCKING_THREAD_KEPT)
         .enable_all()
         .build()
-        .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))
+        .map_err(|error| {
+            Failure::new(
+                Exit::Internal,
+                format!("cannot start the async runtime: {error}"),
+            )
+        })
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {

@@ -303,7 +303,7 @@ impl Browser {
     }
 
     /// The id of the root element. Each document has another one.
-    pub(crate) async fn document(&self) -> String {
+    async fn document(&self) -> String {
         self.element("html").await
     }
 

@@ -115,6 +115,10 @@ fn purpose_of_denial(id: AccessRequestId) -> String {
     format!("deny {id}")
 }
 
+fn purpose_of_withdrawal(id: AccessRequestId) -> String {
+    format!("withdraw {id}")
+}
+
 /// Approves a request with the two words that the approver heard from the member.
 pub(super) async fn approve(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
     visit.check_token(&purpose_of_approval(id))?;
@@ -164,24 +168,37 @@ fn is_about_words(error: &Error) -> bool {
 /// also after the answer was consumed, so it needs a recent sign-in. A denial of a pending request needs none, so that nothing delays
 /// it.
 pub(super) async fn deny(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
+    if visit.is_form {
+        return send_denial(context, visit, id).await;
+    }
     let request = found(context, visit, id).await?;
-    if !request.is_pending() && (visit.is_form || request.is_deniable()) {
+    let purpose = if request.is_pending() {
+        purpose_of_denial(id)
+    } else {
+        if request.is_deniable() {
+            visit.check_recent(context, &sign_in::address(Some(id)))?;
+        }
+        purpose_of_withdrawal(id)
+    };
+    let page = pages::Deny {
+        frame: visit.frame(""),
+        request,
+        token: visit.session.token(&purpose),
+    };
+    Ok(answer::page(StatusCode::OK, &page))
+}
+
+async fn send_denial(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
+    // The token says what the approver confirmed. Another approver can approve the request after the page was shown.
+    let only_pending = visit.check_token(&purpose_of_denial(id)).is_ok();
+    if !only_pending {
         visit.check_recent(context, &sign_in::address(Some(id)))?;
+        visit.check_token(&purpose_of_withdrawal(id))?;
     }
     let denial = AccessDenial {
-        // Another approver can approve the request after it was read here.
-        only_pending: !visit.is_recent(context),
+        only_pending,
         ..AccessDenial::from(id)
     };
-    if !visit.is_form {
-        let page = pages::Deny {
-            frame: visit.frame(""),
-            request,
-            token: visit.session.token(&purpose_of_denial(id)),
-        };
-        return Ok(answer::page(StatusCode::OK, &page));
-    }
-    visit.check_token(&purpose_of_denial(id))?;
     let denied = context
         .broker
         .deny_access(visit.principal(), &visit.call, denial);

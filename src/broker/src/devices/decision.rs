@@ -307,10 +307,14 @@ fn denied(
     denial: &AccessDenial,
     now: Timestamp,
 ) -> Result<AccessRow, Error> {
-    if denial.only_pending {
-        check_pending(row, now)?;
+    let state = row.state_at(now);
+    if denial.only_pending && state != AccessState::Pending {
+        let what = format!(
+            "the request for access is {state}, and no longer pending; nothing was changed"
+        );
+        return Err(wrong_state("access_request_id", &what));
     }
-    match row.state_at(now) {
+    match state {
         AccessState::Pending => Ok(AccessRow {
             state: AccessState::Denied,
             decision: Some(AccessDecision {

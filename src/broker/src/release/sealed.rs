@@ -123,6 +123,11 @@ impl Broker {
                 "the permit is for another form of release or for another recipient",
             ));
         }
+        // The principal of a release chose the recipient. The principal of an approval did not: the member's device did.
+        let chose_recipient = permit.action() == Action::Unwrap;
+        if chose_recipient {
+            self.limits.check_recipients(principal.name())?;
+        }
         let record = self.active_record(permit, call, draft).await?;
         let envelope = self.readable_envelope(call, &record.envelope).await?;
         draft.wrapping_key(envelope.wrapping_key());
@@ -140,10 +145,7 @@ impl Broker {
                 .token
                 .release(&envelope, context, recipient, &caller)
                 .await;
-            // The principal of a release chose the recipient. The principal of an approval did not: the member's device did.
-            if permit.action() == Action::Unwrap
-                && matches!(released, Err(hsm::Error::Recipient(_)))
-            {
+            if chose_recipient && matches!(released, Err(hsm::Error::Recipient(_))) {
                 self.count_refused_recipient(principal);
             }
             released
@@ -155,14 +157,14 @@ impl Broker {
         })
     }
 
-    /// Counts a recipient that the token refused as a failed attempt of the principal that chose the recipient. The worker
-    /// repeats a refused job, so each of these calls costs the token the time of many releases.
+    /// Counts a recipient that the token refused for the principal that chose the recipient. The worker repeats a refused
+    /// job, so each of these calls costs the token the time of many releases.
     fn count_refused_recipient(&self, principal: &Principal) {
-        if self.limits.fail_principal(principal.name()).is_err() {
+        if self.limits.fail_recipient(principal.name()).is_err() {
             tracing::warn!(
                 principal = principal.name(),
-                "the token refused too many recipients of one principal; the broker refuses this principal's calls for a \
-                 limited time"
+                "the token refused too many recipients of one principal; the broker refuses this principal's sealed releases \
+                 for a limited time"
             );
         }
     }

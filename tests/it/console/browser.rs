@@ -4,7 +4,7 @@ use std::{
     env, fs,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::TcpStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -32,6 +32,8 @@ pub(crate) const TAB: &str = "\u{e004}";
 const ENTER: &str = "\u{e007}";
 pub(crate) const SPACE: &str = " ";
 
+/// How often chromedriver is started at most.
+const STARTS_MAX: u32 = 5;
 /// Pause between two looks at the browser.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -101,8 +103,29 @@ fn key_digest(site: &ConsoleSite) -> String {
     Base64::encode_string(digest.as_ref())
 }
 
-/// The port on which chromedriver listens, from its output.
-async fn port_in(output: ChildStdout) -> u16 {
+/// Starts chromedriver. Returns the process and the port on which it listens. chromedriver selects a free IPv4 port, and ends if
+/// another process has the IPv6 port of the same number, so it is started again.
+async fn started(home: &Path) -> (Child, u16) {
+    for _ in 0..STARTS_MAX {
+        let mut driver = Command::new("chromedriver")
+            .arg("--port=0")
+            .env("HOME", home)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        if let Some(port) = port_in(driver.stdout.take().unwrap()).await {
+            return (driver, port);
+        }
+        let ended = driver.wait().unwrap();
+        eprintln!("chromedriver ended before it showed a port: {ended}");
+    }
+    panic!("chromedriver ended {STARTS_MAX} times");
+}
+
+/// The port on which chromedriver listens, from its output; `None` if the output ends before.
+async fn port_in(output: ChildStdout) -> Option<u16> {
     let (sender, port) = oneshot::channel();
     thread::spawn(move || {
         let mut lines = BufReader::new(output).lines().map_while(Result::ok);
@@ -117,8 +140,7 @@ async fn port_in(output: ChildStdout) -> u16 {
         lines.for_each(drop);
     });
     let port = tokio::time::timeout(WAIT_MAX, port).await;
-    port.expect("chromedriver starts in time")
-        .expect("chromedriver shows its port")
+    port.expect("chromedriver starts in time").ok()
 }
 
 /// A folder in memory, because a new profile writes so much that other tests would wait for the disk.
@@ -148,14 +170,7 @@ impl Browser {
             .prefix("keybroker-chromium-")
             .tempdir_in(in_memory())
             .unwrap();
-        let driver = Command::new("chromedriver")
-            .arg("--port=0")
-            .env("HOME", profile.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let (driver, port) = started(profile.path()).await;
         let mut browser = Self {
             driver,
             client: Client::builder()
@@ -163,7 +178,7 @@ impl Browser {
                 .timeout(Duration::from_mins(1))
                 .build()
                 .unwrap(),
-            session: String::new(),
+            session: format!("http://127.0.0.1:{port}/session"),
             origin: site.origin.clone(),
             profile,
         };
@@ -172,8 +187,6 @@ impl Browser {
     }
 
     async fn begin(&mut self, site: &ConsoleSite, scripts: Scripts) {
-        let port = port_in(self.driver.stdout.take().unwrap()).await;
-        self.session = format!("http://127.0.0.1:{port}/session");
         let arguments = [
             "--headless".to_owned(),
             "--no-sandbox".to_owned(),

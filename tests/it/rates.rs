@@ -47,7 +47,7 @@ async fn a_service_over_its_rate_is_told_when_to_come_again() {
         delay > Duration::ZERO && delay <= Duration::from_millis(7_500),
         "{delay:?}"
     );
-    // A malformed call is a call, too, and leaves no entry of its own.
+    // A malformed call is a call, too, and leaves no separate entry.
     refused(releaser.unwrap("").await, "RATE");
     // Neither another principal nor health pays for it.
     Caller::of(&broker, "other-releaser")

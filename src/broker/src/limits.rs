@@ -219,7 +219,7 @@ impl Limits {
 
     /// Returns an error while the token has refused too many recipients of a principal. The error contains the time to wait. During
     /// this time, the sealed releases of this principal are refused. Its other calls are not, because a service may pass on the
-    /// recipients of its own users.
+    /// recipients of its users.
     pub fn check_recipients(&self, principal: &str) -> Result<(), Error> {
         let closed = self.refused_recipients.empty_for(principal);
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))

@@ -43,6 +43,7 @@ mod probe;
 mod progress;
 mod secrets;
 mod serve;
+mod signals;
 mod store;
 #[cfg(test)]
 mod tests;

@@ -39,7 +39,7 @@ async fn sign_ins_without_the_role_are_limited_for_each_person() {
         limited.html
     );
     assert!(limited.headers.contains_key("retry-after"));
-    // A sign-in beyond the limit leaves no entry of its own.
+    // A sign-in beyond the limit leaves no separate entry.
     let refusals = site.entries("access_request.list");
     assert_eq!(refusals.len(), forbidden, "{refusals:?}");
     // An approver at the same address is not affected.

@@ -5,17 +5,14 @@
 use std::{
     process,
     sync::{Mutex, PoisonError},
-    thread,
 };
 
-use tokio::{
-    runtime,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::SignalKind;
 
 use super::{
     exit::{Exit, Failure},
     output::Output,
+    signals,
 };
 
 static UNDER_WAY: Mutex<Option<UnderWay>> = Mutex::new(None);
@@ -49,22 +46,10 @@ fn set(under_way: Option<UnderWay>) {
 
 /// Starts a thread that ends the process at the first SIGINT.
 pub(super) fn watch(output: Output) -> Result<(), Failure> {
-    let failed = |error| Failure::new(Exit::Internal, format!("cannot wait for signals: {error}"));
-    let runtime = runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(failed)?;
-    let entered = runtime.enter();
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    drop(entered);
-    let watch = move || {
-        if runtime.block_on(interrupt.recv()).is_some() {
-            output.failure(&interrupted());
-            process::exit(Exit::Interrupted.code().into());
-        }
-    };
-    let thread = thread::Builder::new().name("interrupt".to_owned());
-    thread.spawn(watch).map(drop).map_err(failed)
+    signals::at_first(SignalKind::interrupt(), "interrupt", move || {
+        output.failure(&interrupted());
+        process::exit(Exit::Interrupted.code().into());
+    })
 }
 
 fn interrupted() -> Failure {

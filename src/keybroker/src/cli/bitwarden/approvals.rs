@@ -33,7 +33,6 @@ mod refusal;
 mod review;
 mod rules;
 mod service;
-mod signals;
 mod turns;
 
 #[derive(Debug, Subcommand)]

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError},
     time::{Duration, Instant},
 };
 
@@ -15,6 +15,7 @@ use crate::{
         change::audited_in_parts,
         exit::{Exit, Failure},
         output::{Output, printable},
+        signals,
     },
     config::Config,
 };
@@ -23,6 +24,7 @@ use keybroker_core::{call::Timestamp, organization::Guid};
 use keybroker_hsm::admin::Admin;
 use keybroker_store::tables::Tables;
 use keybroker_worker_protocol::PinSource;
+use tokio::signal::unix::SignalKind;
 
 use super::{
     Organization, Run,
@@ -35,7 +37,6 @@ use super::{
     rate::Slot,
     review::{Reviewed, open_token, review, with_store},
     rules::{Facts, Rules},
-    signals::terminations,
     turns::Turns,
 };
 
@@ -58,7 +59,11 @@ pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
     let rules = Rules::load(organization.settings)?;
     // Opening the token before the first pass shows a wrong setting at once.
     let admin = open_token(&config, &pin, organization)?;
-    let terminated = terminations()?;
+    // Closed at the first SIGTERM, so that a decision in progress is completed.
+    let (until_terminated, terminated) = mpsc::channel();
+    signals::at_first(SignalKind::terminate(), "terminate", || {
+        drop(until_terminated);
+    })?;
     let new_pins = NewPins::of(organization.settings);
     let turns = if run.once {
         Turns::at_random_place()?
@@ -335,7 +340,7 @@ impl Service<'_> {
         self.send(api, decided, approved).await
     }
 
-    /// Sends an approval that has a slot. It is sent only once, whatever the result is: the server may have the
+    /// Sends an approval that has a slot. It is sent only once, also if it fails: the server may have the
     /// ciphertext, so the slot is not given back, and one request that always fails would use up the slots of all
     /// members.
     async fn send(
